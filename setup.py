@@ -1,0 +1,38 @@
+"""Packaging of ucdir-plugin. BasicSR 1.4.2 is an sdist that needs torch while it builds: see README for the order."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ucdir_plugin" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="ucdir-plugin",
+    version=VERSION,
+    description="UCDIR and BIR-D, diffusion-based image restoration, as a plugin for BasicSR and MMEngine",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["ucdir_plugin", "ucdir_plugin.*"]),
+    python_requires=">=3.9,<3.13",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "basicsr==1.4.2",
+        "mmengine>=0.10.4",
+        "lpips>=0.1.4",
+        "numpy>=1.22",
+        "opencv-python>=4.7",
+        "scikit-image>=0.19",
+        "pillow>=9.1",
+        "pydantic>=2.5",
+        "pyyaml>=6.0",
+        "addict>=2.4",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "dev": ["pytest>=7.4", "ruff==0.17.6"],
+    },
+)

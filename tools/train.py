@@ -1,0 +1,15 @@
+"""Train any registered BasicSR model: python tools/train.py -opt options/demo_ucdir.yml"""
+
+import sys
+
+from ucdir_plugin.errors import run_cli
+
+
+def main() -> int:
+    from ucdir_plugin import engine
+
+    return engine.train(engine.parse_args(__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,22 @@
+"""Padding that lets a strided network take any image size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def pad_to_multiple(x: torch.Tensor, multiple: int, always: bool = False) -> torch.Tensor:
+    """Pad right and bottom to the next multiple, by reflection (by repetition of the edge where the image is too small).
+
+    Args:
+        x: (B, C, H, W).
+        multiple: the network's total stride.
+        always: add a whole ``multiple`` even to an aligned size, as UCDIR's release does.
+    """
+    h, w = x.shape[-2:]
+    pad_h, pad_w = (multiple - n % multiple if always or n % multiple else 0 for n in (h, w))
+    if not pad_h and not pad_w:
+        return x
+    mode = "reflect" if pad_h < h and pad_w < w else "replicate"
+    return F.pad(x, (0, pad_w, 0, pad_h), mode=mode)

@@ -1,0 +1,83 @@
+"""The initial predictor of UCDIR: the U-Net of "Learning to See in the Dark" (Chen et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.registry import register
+
+
+@register("arch")
+class SIDUNet(nn.Module):
+    """Plain U-Net: pairs of 3x3 convolutions, max-pooling, 2x2 transposed convolutions, LeakyReLU 0.2, 1x1 head.
+
+    The released predictor is ``SIDUNet()`` (7.76 M parameters, 12 GMACs at 256x256).
+
+    Args:
+        in_channel, out_channel: image channels.
+        width: channels of the first level; each further level doubles them.
+        levels: resolutions, so that the total stride is 2 ** (levels - 1).
+        residual: add the input to the output (in_channel = out_channel), which trains faster; not in the release.
+        released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
+
+    Shape:
+        (B, in_channel, H, W) -> (B, out_channel, H, W), any size; range as trained ([-1, 1] within UCDIR).
+    """
+
+    value_range = (-1.0, 1.0)
+
+    def __init__(
+        self,
+        in_channel: int = 3,
+        out_channel: int = 3,
+        width: int = 32,
+        levels: int = 5,
+        residual: bool = False,
+        released_padding: bool = False,
+    ):
+        super().__init__()
+        if residual and in_channel != out_channel:
+            raise ValueError("residual: true needs in_channel = out_channel")
+        self.levels, self.residual, self.released_padding = levels, residual, released_padding
+        # Module names follow the released checkpoint: conv1_1 .. conv5_2 down, upv6, conv6_1 .. up, conv10_1 the head.
+        channels = in_channel
+        for i in range(1, levels + 1):
+            out = width * 2 ** (i - 1)
+            self._add_pair(i, channels, out)
+            channels = out
+        for i in range(levels + 1, 2 * levels):
+            self.add_module(f"upv{i}", nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
+            self._add_pair(i, channels, channels // 2)
+            channels //= 2
+        head = nn.Conv2d(channels, out_channel, 1)
+        if residual:  # start from the input itself
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.add_module(f"conv{2 * levels}_1", head)
+
+    def _add_pair(self, i: int, channels: int, out: int) -> None:
+        self.add_module(f"conv{i}_1", nn.Conv2d(channels, out, 3, padding=1))
+        self.add_module(f"conv{i}_2", nn.Conv2d(out, out, 3, padding=1))
+
+    def _pair(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        for j in (1, 2):
+            x = F.leaky_relu(getattr(self, f"conv{i}_{j}")(x), 0.2)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[-2:]
+        if self.released_padding:
+            padded = pad_to_multiple(x, 32, always=True)
+        else:
+            padded = pad_to_multiple(x, 2 ** (self.levels - 1))
+        skips = [self._pair(1, padded)]
+        for i in range(2, self.levels + 1):
+            skips.append(self._pair(i, F.max_pool2d(skips[-1], 2)))
+        y = skips.pop()
+        for i in range(self.levels + 1, 2 * self.levels):
+            y = self._pair(i, torch.cat((getattr(self, f"upv{i}")(y), skips.pop()), 1))
+        y = getattr(self, f"conv{2 * self.levels}_1")(y)[..., :h, :w]
+        return x + y if self.residual else y

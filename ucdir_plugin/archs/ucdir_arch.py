@@ -1,0 +1,339 @@
+"""UCDIR's networks: the denoiser with Adaptive Kernel Guidance blocks, and its pair with an initial predictor.
+
+Paper: A Unified Conditional Framework for Diffusion-based Image Restoration (Zhang et al., NeurIPS 2023), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.diffusion.schedule import diffuse
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.registry import build_arch, register
+
+
+def adaptive_kernel_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """3x3 convolution whose kernel is, at every position, a mix of N grouped kernel bases (paper, eq. 2).
+
+    y[c] = sum_n mix[n] * (bias[c, n] + weight[c, n] * x[input group of c]), with N groups of C / N channels.
+
+    One group at a time, so that C channels are held at once and never C * N. The arithmetic is that of a plain
+    3x3 convolution C -> C.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C * N, C / N, 3, 3), row c * N + n for output channel c and basis n.
+        bias: (C * N,).
+        mix: (B, N, H, W), the multi-source fusion weights M.
+
+    Returns:
+        (B, C, H, W).
+    """
+    bases = mix.shape[1]
+    batch, channels, height, width = x.shape
+    per_group = channels // bases
+    mix = mix.unsqueeze(1)
+    in_place = not torch.is_grad_enabled()
+    groups = []
+    for xg, wg, bg in zip(x.split(per_group, 1), weight.chunk(bases), bias.chunk(bases)):
+        z = F.conv2d(xg, wg, bg, padding=1).view(batch, per_group, bases, height, width)
+        groups.append((z.mul_(mix) if in_place else z * mix).sum(2))
+    return torch.cat(groups, 1)
+
+
+class NoiseLevelEncoding(nn.Module):
+    """Sinusoidal encoding of a continuous noise level (WaveGrad): (B,) in (0, 1] -> (B, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
+        half = self.dim // 2
+        exponent = torch.arange(half, dtype=noise_level.dtype, device=noise_level.device) / half
+        angles = noise_level.view(-1, 1) * torch.exp(-math.log(1e4) * exponent)
+        return torch.cat((angles.sin(), angles.cos()), -1)
+
+
+class SimpleGate(nn.Module):
+    """Product of the two halves of the channels (NAFNet)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, 1)
+        return a * b
+
+
+class AKGBlock(nn.Module):
+    """Adaptive Kernel Guidance block: norm, 3x3 conv, Swish, norm, AKGM, Swish, plus shortcut (paper, figure 1 right).
+
+    "LayerNorm" is a GroupNorm with one group: its statistics run over channels and positions.
+
+    Args:
+        channels, out_channels: widths; ``out_channels`` must be a multiple of ``num_bases``.
+        emb_dim: width of the scalar condition's embedding.
+        guide_channel: channels of the spatial guide.
+        num_bases: kernel bases N.
+
+    Shape:
+        x (B, channels, H, W), emb (B, emb_dim), guide (B, guide_channel, any, any) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, channels: int, out_channels: int, emb_dim: int, guide_channel: int = 3, num_bases: int = 8):
+        super().__init__()
+        # Names as in the released checkpoint.
+        self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
+        self.norm1 = nn.GroupNorm(1, channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(1, out_channels)
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(guide_channel, 2 * num_bases, 1), SimpleGate(), nn.Conv2d(num_bases, num_bases, 3, padding=1)
+        )
+        self.spdyconv = nn.Conv2d(out_channels, out_channels * num_bases, 3, padding=1, groups=num_bases)
+        self.res_conv = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        h = self.norm2(F.silu(self.conv1(self.norm1(x))))
+        scalar = self.noise_func(emb).view(len(x), -1, 1, 1)
+        mix = self.conv2(resize(guide, h.shape[-2:])) * scalar
+        h = adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
+        return F.silu(h) + self.res_conv(x)
+
+
+def resize(guide: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bilinear resize, corners not aligned; the guide itself where the size fits."""
+    if tuple(guide.shape[-2:]) == tuple(size):
+        return guide
+    return F.interpolate(guide, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention with one head over all positions: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, 1, c, h * w).transpose(-1, -2).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+
+
+class _Level(nn.Module):
+    """An AKG block with attention behind it where the level has it."""
+
+    def __init__(self, channels: int, out_channels: int, attention: bool, **block):
+        super().__init__()
+        self.res_block = AKGBlock(channels, out_channels, **block)
+        self.attn = SelfAttention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        return self.attn(self.res_block(x, emb, guide))
+
+
+class _Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+@register("arch")
+class UCDIRDenoiser(nn.Module):
+    """UCDIR's U-Net of Adaptive Kernel Guidance blocks; defaults are the released SID model (denoiser of 89.6 M parameters).
+
+    As UCDIR's denoiser it takes concat(lq, x_t), the noise level and the guide. Called with the image alone, under
+    BasicSR's SRModel, it is the paper's regression baseline: the same network, one pass, the image as its own guide,
+    the noise level of a clean image (1). Use ``in_channel: 3`` for that.
+
+    Args:
+        in_channel, out_channel: input and output channels.
+        guide_channel: channels of the spatial guide.
+        inner_channel: width of the first level, and of the noise level's embedding.
+        channel_mults: width of each level as a multiple of ``inner_channel``.
+        res_blocks: blocks per level on the way down; one more on the way up.
+        attn_res: nominal resolutions with attention; level i has ``image_size / 2 ** i``.
+        image_size: nominal size, only used with ``attn_res``.
+        num_bases: kernel bases N of each AKGM; all widths must be multiples of it.
+        dropout: in the final head.
+        residual: add the first ``out_channel`` input channels to the output (for the regression baseline); not in the release.
+        released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
+
+    Shape:
+        x (B, in_channel, H, W), noise_level (B,) in (0, 1], guide (B, guide_channel, H, W)
+        -> (B, out_channel, H, W); any size. Range: [-1, 1] images in, noise out.
+    """
+
+    value_range = (-1.0, 1.0)
+
+    def __init__(
+        self,
+        in_channel: int = 6,
+        out_channel: int = 3,
+        guide_channel: int = 3,
+        inner_channel: int = 64,
+        channel_mults: Sequence[int] = (1, 2, 4, 8, 8),
+        res_blocks: int = 2,
+        attn_res: Sequence[int] = (16,),
+        image_size: int = 128,
+        num_bases: int = 8,
+        dropout: float = 0.1,
+        residual: bool = False,
+        released_padding: bool = False,
+    ):
+        super().__init__()
+        for mult in channel_mults:
+            if inner_channel * mult % num_bases:
+                raise UserError(f"a width of {inner_channel * mult} channels is no multiple of num_bases {num_bases}")
+        if inner_channel % 2:
+            raise UserError(f"inner_channel must be even, got {inner_channel}")
+        self.stride = 2 ** (len(channel_mults) - 1)
+        self.out_channel, self.residual, self.released_padding = out_channel, residual, released_padding
+        self.noise_level_mlp = nn.Sequential(
+            NoiseLevelEncoding(inner_channel),
+            nn.Linear(inner_channel, inner_channel * 4),
+            nn.SiLU(),
+            nn.Linear(inner_channel * 4, inner_channel),
+        )
+        block = {"emb_dim": inner_channel, "guide_channel": guide_channel, "num_bases": num_bases}
+        last = len(channel_mults) - 1
+        channels = inner_channel
+        skips = [channels]
+        downs: list[nn.Module] = [nn.Conv2d(in_channel, inner_channel, 3, padding=1)]
+        for i, mult in enumerate(channel_mults):
+            attention = image_size // 2**i in attn_res
+            for _ in range(res_blocks):
+                downs.append(_Level(channels, inner_channel * mult, attention, **block))
+                channels = inner_channel * mult
+                skips.append(channels)
+            if i < last:
+                downs.append(_Downsample(channels))
+                skips.append(channels)
+        self.downs = nn.ModuleList(downs)
+        self.mid = nn.ModuleList(
+            [_Level(channels, channels, True, **block), _Level(channels, channels, False, **block)]
+        )
+        ups: list[nn.Module] = []
+        for i, mult in reversed(list(enumerate(channel_mults))):
+            attention = image_size // 2**i in attn_res
+            for _ in range(res_blocks + 1):
+                ups.append(_Level(channels + skips.pop(), inner_channel * mult, attention, **block))
+                channels = inner_channel * mult
+            if i > 0:
+                ups.append(_Upsample(channels))
+        self.ups = nn.ModuleList(ups)
+        self.final_conv = nn.Sequential(
+            nn.GroupNorm(1, channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, out_channel, 3, padding=1)
+        )
+
+    def forward(
+        self, x: torch.Tensor, noise_level: Optional[torch.Tensor] = None, guide: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        if noise_level is None:
+            noise_level = x.new_ones(len(x))
+        if guide is None:
+            guide = x
+        height, width = x.shape[-2:]
+        image = x
+        multiple, always = (32, True) if self.released_padding else (self.stride, False)
+        x, guide = pad_to_multiple(x, multiple, always), pad_to_multiple(guide, multiple, always)
+        emb = self.noise_level_mlp(noise_level)
+        pyramid: dict[torch.Size, torch.Tensor] = {}
+
+        def block(level: _Level, x: torch.Tensor) -> torch.Tensor:
+            size = x.shape[-2:]
+            if size not in pyramid:
+                pyramid[size] = resize(guide, size)
+            return level(x, emb, pyramid[size])
+
+        skips = []
+        for layer in self.downs:
+            x = block(layer, x) if isinstance(layer, _Level) else layer(x)
+            skips.append(x)
+        for layer in self.mid:
+            x = block(layer, x)
+        for layer in self.ups:
+            x = block(layer, torch.cat((x, skips.pop()), 1)) if isinstance(layer, _Level) else layer(x)
+        x = self.final_conv(x)[..., :height, :width]
+        return x + image[:, : self.out_channel] if self.residual else x
+
+
+@register("arch")
+class UCDIR(nn.Module):
+    """UCDIR: an initial predictor and a denoiser of the residual that the prediction guides (paper, figure 1 left).
+
+    All images are in [-1, 1]. State dict keys start with ``denoise_fn.`` and ``predictor.``, as in the release.
+
+    Args:
+        denoiser: ``{type: UCDIRDenoiser, ...}``, or any registered arch called as ``net(x, noise_level, guide)``.
+        predictor: ``{type: SIDUNet, ...}``, or any registered arch that keeps the image size.
+        predictor_range: the value range that the predictor works in; it is converted to and from [-1, 1].
+            Default: what the arch declares as ``value_range``, else BasicSR's [0, 1].
+    """
+
+    def __init__(self, denoiser: dict, predictor: dict, predictor_range: Optional[Tuple[float, float]] = None):
+        super().__init__()
+        self.denoise_fn = build_arch(denoiser, "denoiser")
+        self.predictor = build_arch(predictor, "predictor")
+        if predictor_range is None:
+            predictor_range = getattr(self.predictor, "value_range", (0.0, 1.0))
+        self.predictor_range = (float(predictor_range[0]), float(predictor_range[1]))
+
+    def predict(self, lq: torch.Tensor) -> torch.Tensor:
+        """Initial prediction u(x): (B, 3, H, W) in [-1, 1] -> the same.
+
+        Raises:
+            UserError: if the predictor changes the image size.
+        """
+        low, high = self.predictor_range
+        if (low, high) == (-1.0, 1.0):
+            initial = self.predictor(lq)
+        else:
+            initial = (self.predictor((lq + 1) / 2 * (high - low) + low) - low) / (high - low) * 2 - 1
+        if initial.shape[-2:] != lq.shape[-2:]:
+            raise UserError(
+                f"predictor {type(self.predictor).__name__} turns {tuple(lq.shape[-2:])} into"
+                f" {tuple(initial.shape[-2:])}: take one that keeps the image size (scale 1)"
+            )
+        return initial
+
+    def denoise(self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,)."""
+        return self.denoise_fn(torch.cat((lq, x_t), 1), level, initial)
+
+    def forward(
+        self, lq: torch.Tensor, hr: torch.Tensor, level: torch.Tensor, noise: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The two predictions of a training step (eq. 1), in one call so that DistributedDataParallel sees both.
+
+        Args:
+            lq, hr: degraded and true images, (B, 3, H, W) in [-1, 1].
+            level: noise level sqrt(alpha_bar) of each image, (B,).
+            noise: standard normal, (B, 3, H, W).
+
+        Returns:
+            predicted noise, initial prediction.
+        """
+        initial = self.predict(lq)
+        x_t = diffuse(hr - initial, level, noise)
+        return self.denoise(x_t, level, lq, initial), initial

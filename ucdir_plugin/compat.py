@@ -1,0 +1,152 @@
+"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU.
+
+Import it before anything of BasicSR. The aliases of vanished modules are made at import, so that spawned workers have
+them too. Each patch names the fault it cures and stands aside where upstream no longer has it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+if importlib.util.find_spec("torchvision.transforms.functional_tensor") is None:
+    # Gone since torchvision 0.17; BasicSR 1.4.2 imports rgb_to_grayscale from it.
+    import torchvision.transforms.functional as _functional
+
+    sys.modules.setdefault("torchvision.transforms.functional_tensor", _functional)
+
+# isort: split
+import basicsr
+import basicsr.data.degradations
+import basicsr.models.lr_scheduler
+import basicsr.train
+import basicsr.utils.dist_util
+import basicsr.utils.options
+from basicsr.models.base_model import BaseModel
+
+from ucdir_plugin import checkpoint, weights
+from ucdir_plugin.errors import UserError, did_you_mean
+
+_PATCHED_VERSION = "1.4.2"
+
+
+def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **kwargs) -> None:
+    """BasicSR's ``init_dist``, which divides by the number of GPUs, also without any: gloo on the CPU."""
+    if torch.cuda.is_available():
+        if port is not None and launcher == "slurm":
+            kwargs["port"] = port
+        return _upstream_init_dist(launcher, backend, **kwargs)
+    if launcher == "slurm":
+        os.environ.setdefault("MASTER_PORT", str(port or 29500))
+        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
+        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
+        if "MASTER_ADDR" not in os.environ:
+            import subprocess
+
+            nodes = os.environ["SLURM_NODELIST"]
+            os.environ["MASTER_ADDR"] = subprocess.check_output(
+                ["scontrol", "show", "hostname", nodes], text=True
+            ).split()[0]
+    dist.init_process_group(backend="gloo", **kwargs)
+    return None
+
+
+def _load_resume_state(opt: dict) -> dict | None:
+    """Upstream calls ``torch.cuda.current_device()`` on a CPU and looks below the working directory only."""
+    return checkpoint.find_resume_state(opt)
+
+
+def _get_optimizer(self: BaseModel, optim_type: str, params, lr: float, **kwargs) -> torch.optim.Optimizer:
+    """Upstream knows only Adam: take any optimizer of ``torch.optim``."""
+    cls = getattr(torch.optim, optim_type, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type)]
+        raise UserError(f"there is no optimizer {optim_type!r} in torch.optim; {did_you_mean(optim_type, known)}")
+    return cls(params, lr=lr, **kwargs)
+
+
+def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
+    """Upstream asks for the current CUDA device; without one, DistributedDataParallel takes no device."""
+    if self.opt["dist"] and self.device.type == "cpu":
+        unused = self.opt.get("find_unused_parameters", False)
+        return DistributedDataParallel(
+            net.to(self.device), device_ids=None, broadcast_buffers=False, find_unused_parameters=unused
+        )
+    return _upstream_model_to_device(self, net)
+
+
+def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
+    """Upstream's warm-up overwrites the rate that a multi-step scheduler goes on from, so it stays at (warmup - 1) / warmup.
+
+    Here the warm-up factor is taken off before the scheduler's step and put on after it.
+    """
+    groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group.pop("lr_without_warmup", group["lr"])
+    if current_iter > 1:
+        for scheduler in self.schedulers:
+            scheduler.step()
+    if current_iter < warmup_iter:
+        for group in groups:
+            group["lr_without_warmup"] = group["lr"]
+            group["lr"] *= current_iter / warmup_iter
+
+
+def _cosine_get_lr(self) -> list[float]:
+    """Upstream finds no period past the last one, a TypeError in training: hold the end of the last."""
+    last = self.last_epoch
+    self.last_epoch = min(last, self.cumulative_period[-1])
+    try:
+        return _upstream_cosine_get_lr(self)
+    finally:
+        self.last_epoch = last
+
+
+def _add_jpg_compression(img, quality=90):
+    """Upstream passes OpenCV a float quality, which OpenCV 4.14 and 5 refuse."""
+    return _upstream_add_jpg(img, int(quality))
+
+
+def _print_network(self: BaseModel, net: torch.nn.Module) -> None:
+    """Upstream prints every layer of the network; its name and size are what a log needs."""
+    from basicsr.utils import get_root_logger
+
+    if isinstance(net, (DataParallel, DistributedDataParallel)):
+        net = net.module
+    count = sum(p.numel() for p in net.parameters())
+    get_root_logger().info(f"Network: {type(net).__name__}, with parameters: {count:,d}")
+
+
+def _model_ema(self: BaseModel, decay: float = 0.999) -> None:
+    """Upstream averages parameters and forgets buffers (the statistics of batch norm): copy these."""
+    _upstream_model_ema(self, decay)
+    for ema, live in zip(self.net_g_ema.buffers(), self.get_bare_model(self.net_g).buffers()):
+        ema.copy_(live)
+
+
+if basicsr.__version__ == _PATCHED_VERSION and not hasattr(BaseModel, "_ucdir_plugin_patched"):
+    BaseModel._ucdir_plugin_patched = True
+    _upstream_init_dist = basicsr.utils.dist_util.init_dist
+    basicsr.utils.dist_util.init_dist = basicsr.utils.options.init_dist = init_dist
+    basicsr.train.load_resume_state = _load_resume_state
+    _upstream_model_to_device = BaseModel.model_to_device
+    _upstream_model_ema = BaseModel.model_ema
+    BaseModel.get_optimizer = _get_optimizer
+    BaseModel.model_to_device = _model_to_device
+    BaseModel.update_learning_rate = _update_learning_rate
+    BaseModel.print_network = basicsr.utils.dist_util.master_only(_print_network)
+    BaseModel.model_ema = _model_ema
+    # Atomic files and refused pickles for every model, ours or not.
+    BaseModel.save_network = basicsr.utils.dist_util.master_only(checkpoint.save_network)
+    BaseModel.save_training_state = basicsr.utils.dist_util.master_only(checkpoint.save_training_state)
+    BaseModel.load_network = weights.load_network
+    _schedulers = basicsr.models.lr_scheduler
+    _upstream_cosine_get_lr = _schedulers.CosineAnnealingRestartLR.get_lr
+    _schedulers.CosineAnnealingRestartLR.get_lr = _cosine_get_lr
+    _upstream_add_jpg = basicsr.data.degradations.add_jpg_compression
+    basicsr.data.degradations.add_jpg_compression = _add_jpg_compression

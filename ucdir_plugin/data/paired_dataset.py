@@ -1,0 +1,143 @@
+"""Pairs of degraded and true images, checked before training starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from basicsr.data.data_util import paired_paths_from_lmdb
+from basicsr.data.transforms import augment, paired_random_crop
+from basicsr.utils import FileClient, img2tensor
+from torch.utils.data import Dataset
+
+from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.imageio import decode_image, image_size, list_images
+from ucdir_plugin.registry import register
+
+
+def option(opt: dict, key: str) -> Any:
+    """A dataset option that must be there.
+
+    Raises:
+        UserError: if it is missing.
+    """
+    if opt.get(key) is None:
+        raise UserError(f"option datasets: {opt['name']}: {key} is missing ({opt['type']} needs it)")
+    return opt[key]
+
+
+def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
+    """
+    Raises:
+        UserError: if an image of ``size`` (height, width) cannot give a square crop.
+    """
+    if min(size) < crop:
+        raise UserError(
+            f"image {path} ({size[1]}x{size[0]}) is smaller than the crop gt_size {crop}; remove it or lower gt_size"
+        )
+
+
+def to_sample(images: dict[str, np.ndarray], paths: dict[str, str], key: str) -> dict[str, Any]:
+    """BasicSR's sample: RGB tensors (3, H, W) in [0, 1] and paths, with the image's relative path as ``key``."""
+    tensors = {
+        name: img2tensor(np.ascontiguousarray(image), bgr2rgb=True, float32=True) for name, image in images.items()
+    }
+    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key}
+
+
+@register("dataset")
+class PairedRestorationDataset(Dataset):
+    """Pairs of images of one size, from two folders (with subfolders), a list, or LMDBs.
+
+    BasicSR's ``PairedImageDataset`` with the same options and samples, which besides reads 16 bits at full precision,
+    sorts the pairs, accepts a different extension within a pair, and checks names and sizes when it is built.
+
+    Args:
+        opt: ``dataroot_gt``, ``dataroot_lq``; ``meta_info_file`` (names below dataroot_gt, one a line);
+            ``filename_tmpl`` (of the degraded image's name, default '{}'); ``io_backend`` (disk or lmdb);
+            ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``.
+
+    Raises:
+        UserError: for missing folders, images without a partner, sizes that differ, images smaller than the crop.
+    """
+
+    def __init__(self, opt: dict):
+        self.opt = opt
+        self.train = opt["phase"] == "train"
+        gt, lq = (option(opt, f"dataroot_{kind}") for kind in ("gt", "lq"))
+        self.crop = option(opt, "gt_size") if self.train else None
+        self.client: FileClient | None = None
+        self.backend = dict(opt["io_backend"])
+        if self.backend["type"] == "lmdb":
+            self.backend.update(db_paths=[lq, gt], client_keys=["lq", "gt"])
+            try:
+                pairs = paired_paths_from_lmdb([lq, gt], ["lq", "gt"])
+            except (OSError, ValueError) as err:
+                raise UserError(f"option datasets: {opt['name']}: {err}") from err
+            self.pairs = [(p["lq_path"], p["lq_path"], p["gt_path"]) for p in pairs]
+        else:
+            self.pairs = self._pair_files(gt, lq)
+            for _, lq_path, gt_path in self.pairs:
+                sizes = image_size(lq_path), image_size(gt_path)
+                if sizes[0] != sizes[1]:
+                    (lh, lw), (gh, gw) = sizes
+                    raise UserError(f"the pair {lq_path} ({lw}x{lh}) and {gt_path} ({gw}x{gh}) differs in size")
+                if self.crop:
+                    check_crop(sizes[1], self.crop, gt_path)
+
+    def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str]]:
+        """(key, degraded path, true path) of each pair, by relative path without extension."""
+        what = f"option datasets: {self.opt['name']}: dataroot_"
+        degraded: dict[str, str] = {}
+        for name in list_images(lq, f"{what}lq"):
+            stem = os.path.splitext(name)[0]
+            if stem in degraded:
+                raise UserError(f"{lq}: {degraded[stem]} and {name} have the same name; which one is the partner?")
+            degraded[stem] = name
+        if self.opt.get("meta_info_file"):
+            try:
+                with open(self.opt["meta_info_file"], encoding="utf-8") as file:
+                    names = [line.split(" ")[0].strip() for line in file if line.strip()]
+            except OSError as err:
+                raise UserError(f"meta_info_file {self.opt['meta_info_file']} cannot be read: {err.strerror}") from err
+            if not names:
+                raise UserError(f"meta_info_file {self.opt['meta_info_file']} names no image")
+        else:
+            names = list_images(gt, f"{what}gt")
+        pairs = []
+        for name in names:
+            folder, base = os.path.split(os.path.splitext(name)[0])
+            partner = os.path.join(folder, self.opt["filename_tmpl"].format(base))
+            if partner not in degraded:
+                raise UserError(
+                    f"{os.path.join(gt, name)} has no partner {partner}.* in {lq}; {did_you_mean(partner, degraded)}"
+                )
+            pairs.append((name, os.path.join(lq, degraded.pop(partner)), os.path.join(gt, name)))
+        if degraded and not self.opt.get("meta_info_file"):
+            lonely = next(iter(degraded.values()))
+            raise UserError(f"{os.path.join(lq, lonely)} has no partner in {gt}; remove it or add its true image")
+        return pairs
+
+    def _read(self, path: str, kind: str) -> np.ndarray:
+        if self.client is None:
+            backend = dict(self.backend)
+            self.client = FileClient(backend.pop("type"), **backend)
+        try:
+            return decode_image(self.client.get(path, kind), path)
+        except OSError as err:
+            raise UserError(f"image {path} cannot be read: {err.strerror}") from err
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        key, lq_path, gt_path = self.pairs[index]
+        lq, gt = self._read(lq_path, "lq"), self._read(gt_path, "gt")
+        if lq.shape != gt.shape:
+            raise UserError(f"the pair {lq_path} {lq.shape[1::-1]} and {gt_path} {gt.shape[1::-1]} differs in size")
+        if self.train:
+            check_crop(gt.shape[:2], self.crop, gt_path)
+            gt, lq = paired_random_crop(gt, lq, self.crop, 1, gt_path)
+            gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
+        return to_sample({"lq": lq, "gt": gt}, {"lq": lq_path, "gt": gt_path}, key)
+
+    def __len__(self) -> int:
+        return len(self.pairs)

@@ -1,0 +1,30 @@
+"""Stateless randomness: every random number is a function of a key, never of what was drawn before.
+
+A key is (seed, image's relative path or sample number, draw, ...). So results do not depend on batch, tile, rank, worker
+or on being resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Sequence, Union
+
+import torch
+
+KeyPart = Union[int, str]
+
+
+def key_to_seed(*key: KeyPart) -> int:
+    """A 63-bit seed from a key; equal keys give equal seeds on every machine."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*key: KeyPart) -> torch.Generator:
+    """A CPU generator seeded by ``key``."""
+    return torch.Generator("cpu").manual_seed(key_to_seed(*key))
+
+
+def normal(shape: Sequence[int], *key: KeyPart, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard normal noise of ``shape``, float32, the same on every device (drawn on the CPU, then moved)."""
+    return torch.randn(tuple(shape), generator=generator(*key)).to(device)

@@ -1,0 +1,78 @@
+"""Noise schedules of Gaussian diffusion, with the continuous noise level of WaveGrad that UCDIR uses."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class NoiseSchedule:
+    """The constants of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) for t = 0 .. T-1.
+
+    All arrays are float64 numpy arrays of length T, computed once.
+
+    Args:
+        betas: variances of the forward steps, each in (0, 1).
+
+    Raises:
+        ValueError: if ``betas`` is empty or leaves (0, 1).
+
+    Attributes:
+        alpha_bar: cumulated product of 1 - beta.
+        alpha_bar_prev: the same one step earlier, starting at 1.
+        posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: of
+            q(x_{t-1} | x_t, x_0) (DDPM, eqs. 6 and 7).
+        levels: noise levels sqrt(alpha_bar), length T + 1 with 1 (no noise) in front.
+    """
+
+    def __init__(self, betas: np.ndarray):
+        self.betas = np.asarray(betas, dtype=np.float64)
+        if self.betas.ndim != 1 or not len(self.betas) or self.betas.min() <= 0 or self.betas.max() >= 1:
+            raise ValueError("betas must be a non-empty list of numbers between 0 and 1")
+        alphas = 1 - self.betas
+        self.alpha_bar = np.cumprod(alphas)
+        self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
+        self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.posterior_log_variance_clipped = np.log(np.maximum(self.posterior_variance, 1e-20))
+        self.posterior_mean_coef1 = self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
+        self.posterior_mean_coef2 = (1 - self.alpha_bar_prev) * np.sqrt(alphas) / (1 - self.alpha_bar)
+        self.levels = np.sqrt(np.append(1.0, self.alpha_bar))
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @classmethod
+    def linear(cls, timesteps: int, start: float, end: float) -> NoiseSchedule:
+        """Betas equally spaced from ``start`` to ``end`` (DDPM; UCDIR trains with 2000 steps, 1e-6 to 1e-2)."""
+        return cls(np.linspace(start, end, timesteps, dtype=np.float64))
+
+    def respace(self, steps: int) -> NoiseSchedule:
+        """A schedule of ``steps`` steps at the noise levels round(linspace(0, T-1, steps)) of this one.
+
+        With one step, the noisiest level. The paper's "50 steps by uniform interpolation".
+
+        Raises:
+            ValueError: if ``steps`` is not in 1 .. T.
+        """
+        if not 1 <= steps <= len(self):
+            raise ValueError(f"steps must be between 1 and the schedule's {len(self)}, got {steps}")
+        indices = np.round(np.linspace(len(self) - 1, 0, steps)).astype(int)[::-1]
+        alpha_bar = self.alpha_bar[indices]
+        return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+
+    def sample_level(self, generator: torch.Generator) -> float:
+        """Draw one continuous noise level: t uniform in 1 .. T, then uniform between its two levels (UCDIR training)."""
+        t = int(torch.randint(1, len(self) + 1, (1,), generator=generator))
+        u = float(torch.rand(1, generator=generator, dtype=torch.float64))
+        return float(self.levels[t] + u * (self.levels[t - 1] - self.levels[t]))
+
+
+def diffuse(x0: torch.Tensor, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """x_t = level * x0 + sqrt(1 - level^2) * noise (UCDIR eq. 1, gamma = level^2).
+
+    Args:
+        x0, noise: (B, C, H, W).
+        level: (B,), sqrt(alpha_bar) in (0, 1].
+    """
+    level = level.view(-1, 1, 1, 1).to(x0.dtype)
+    return level * x0 + (1 - level.square()).clamp(min=0).sqrt() * noise

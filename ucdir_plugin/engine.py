@@ -1,0 +1,304 @@
+"""Training and testing of any registered BasicSR model: what tools/train.py and tools/test.py call.
+
+BasicSR's own loop replays the first batches after a resume; in this one everything random is a function of the seed and
+the iteration, so that a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import glob
+import logging
+import math
+import os
+import signal
+import time
+from typing import Any, List, Optional
+
+import torch
+import torch.distributed as dist
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
+from basicsr.models import build_model
+from basicsr.train import init_tb_loggers
+from basicsr.utils import AvgTimer, MessageLogger, get_root_logger, get_time_str, make_exp_dirs
+from basicsr.utils.dist_util import get_dist_info
+from basicsr.utils.options import copy_opt_file, dict2str
+
+import ucdir_plugin
+from ucdir_plugin import compat, report
+from ucdir_plugin.checkpoint import find_resume_state, remove_leftovers
+from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset, seed_cpu
+from ucdir_plugin.diffusion.noise import key_to_seed
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.options import load_options
+from ucdir_plugin.validation import handles, validate
+
+
+def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
+    """BasicSR's command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("-opt", required=True, help="option file (YAML)")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none", help="job launcher")
+    parser.add_argument("--auto_resume", action="store_true", help="go on from the newest readable checkpoint")
+    parser.add_argument("--debug", action="store_true", help="log, save and validate every few iterations")
+    parser.add_argument("--force_yml", nargs="+", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML")
+    return parser.parse_args(argv)
+
+
+def setup(args: argparse.Namespace, is_train: bool) -> dict:
+    """Options, distributed processes, paths below the working directory, seeds."""
+    opt = load_options(args.opt, args.force_yml, is_train)
+    opt["dist"] = args.launcher != "none"
+    if opt["dist"] and not dist.is_initialized():
+        compat.init_dist(args.launcher, **(opt.get("dist_params") or {}))
+    opt["rank"], opt["world_size"] = get_dist_info()
+    opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
+    if args.debug and not opt["name"].startswith("debug"):
+        opt["name"] = f"debug_{opt['name']}"
+    available = torch.cuda.device_count()
+    opt["num_gpu"] = available if opt["num_gpu"] == "auto" else opt["num_gpu"]
+    if opt["num_gpu"] > available:
+        raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
+    for phase, dataset in opt["datasets"].items():
+        dataset.update(phase=phase.split("_")[0], scale=opt["scale"])
+        for key in ("dataroot_gt", "dataroot_lq", "meta_info_file"):
+            if dataset.get(key):
+                dataset[key] = os.path.expanduser(dataset[key])
+    path = opt["path"]
+    for key, value in path.items():
+        if isinstance(value, str):
+            path[key] = os.path.expanduser(value)
+    opt["root_path"] = os.getcwd()
+    root = os.path.join(opt["root_path"], "experiments" if is_train else "results", opt["name"])
+    path.update(log=root, visualization=os.path.join(root, "visualization"))
+    if is_train:
+        path.update(
+            experiments_root=root,
+            models=os.path.join(root, "models"),
+            training_states=os.path.join(root, "training_states"),
+        )
+        if "debug" in opt["name"]:
+            opt["val"]["val_freq"] = opt["logger"]["save_checkpoint_freq"] = 8
+            opt["logger"]["print_freq"] = 1
+    else:
+        path["results_root"] = root
+    torch.backends.cudnn.benchmark = True
+    seed_everything(opt["manual_seed"], "start")
+    return opt
+
+
+def seed_everything(*key: Any) -> None:
+    """Seed python, numpy and torch on every device from a key."""
+    seed_cpu(*key)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(key_to_seed(*key))
+
+
+def start_log(opt: dict, kind: str) -> logging.Logger:
+    """BasicSR's logger with a file in the run's folder; BasicSR's building functions have created it without one by now."""
+    logger = get_root_logger()
+    if opt["rank"] == 0:
+        for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:  # of an earlier run
+            logger.removeHandler(handler)
+            handler.close()
+        handler = logging.FileHandler(os.path.join(opt["path"]["log"], f"{kind}_{opt['name']}_{get_time_str()}.log"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    logger.info(f"ucdir-plugin {ucdir_plugin.__version__}, torch {torch.__version__}, world size {opt['world_size']}")
+    logger.info(dict2str(opt))
+    return logger
+
+
+def build(what: str, builder: Any, opt: dict) -> Any:
+    """Call a builder of BasicSR; what it raises about the user's options becomes one line."""
+    try:
+        return builder(opt)
+    except (AssertionError, ValueError, KeyError, TypeError, NotImplementedError, FileNotFoundError) as err:
+        raise UserError(f"{what}: {type(err).__name__}: {err}") from err
+
+
+def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
+    sets = {p: d for p, d in opt["datasets"].items() if d["phase"] in phases}
+    return [build(f"option datasets:{p} ({d['type']})", build_dataset, d) for p, d in sets.items()]
+
+
+class _Stop:
+    """SIGTERM (a cluster's) and Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def asked(self, opt: dict, device: torch.device) -> bool:
+        """Whether any rank was asked to stop."""
+        if not opt["dist"]:
+            return bool(self.signal)
+        flag = torch.tensor(int(self.signal), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.signal = int(flag)
+        return bool(self.signal)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
+    opt = setup(args, is_train=True)
+    rank_0 = opt["rank"] == 0
+    sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))  # a fault in the data comes before any folder is made
+    resume = find_resume_state(opt)
+    start = resume["iter"] if resume else 0
+    if opt["dist"]:
+        dist.barrier()  # all have looked before rank 0 moves an old experiment away
+    if not resume:
+        make_exp_dirs(opt)
+    if rank_0:
+        remove_leftovers(opt["path"]["models"], opt["path"]["training_states"])
+        print(
+            f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch",
+            flush=True,
+        )
+    copy_opt_file(args.opt, opt["path"]["experiments_root"])
+    logger = start_log(opt, "train")
+    tb_logger = init_tb_loggers(opt)
+
+    (train_set,), val_sets = sets
+    data_opt = opt["datasets"]["train"]
+    batch = data_opt["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
+    seed = opt["manual_seed"]
+    sampler = EndlessSampler(len(train_set), batch, opt["rank"], opt["world_size"], seed, start)
+    loader = build_dataloader(KeyedDataset(train_set, seed), data_opt, opt["num_gpu"], opt["dist"], sampler, seed=seed)
+    epoch_iters = max(1, math.ceil(len(train_set) / (batch * opt["world_size"])))
+    total = opt["train"]["total_iter"]
+    logger.info(f"{len(train_set)} training images, {total} iterations of {batch} x {opt['world_size']} samples")
+
+    seed_everything(seed, "init")
+    model = build("model", build_model, opt)
+    if resume:
+        model.resume_training(resume)
+        model.best_metric_results = resume["best_metric_results"]
+    messages = MessageLogger(opt, start, tb_logger)
+    prefetcher = (
+        CUDAPrefetcher(loader, data_opt | {"num_gpu": opt["num_gpu"]})
+        if (data_opt.get("prefetch_mode") == "cuda")
+        else CPUPrefetcher(loader)
+    )
+    stop = _Stop()
+
+    def save(iteration: int) -> None:
+        model.save(iteration // epoch_iters, iteration)
+
+    def validation(iteration: int) -> None:
+        for val_set in val_sets:
+            name = val_set.opt["name"]
+            if handles(model):
+                rows = validate(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
+                if rank_0:
+                    about = {"name": opt["name"], "dataset": name, "iteration": iteration}
+                    report.write_tables(rows, os.path.join(opt["path"]["experiments_root"], f"metrics_{name}"), about)
+            else:
+                val_loader = build_dataloader(val_set, val_set.opt, opt["num_gpu"], opt["dist"], None, seed)
+                model.validation(val_loader, iteration, tb_logger, opt["val"]["save_img"])
+
+    iteration = saved = start
+    data_timer, iter_timer = AvgTimer(), AvgTimer()
+    started = time.time()
+    while iteration < total:
+        try:
+            data = prefetcher.next()
+        except UserError:
+            if iteration > saved:
+                save(iteration)
+                logger.info(f"saved iteration {iteration}; go on with --auto_resume")
+            raise
+        data_timer.record()
+        iteration += 1
+        model.update_learning_rate(iteration, opt["train"].get("warmup_iter", -1))
+        seed_everything(seed, "step", iteration, opt["rank"])
+        model.feed_data(data)
+        model.optimize_parameters(iteration)
+        iter_timer.record()
+        if iteration == start + 1:
+            messages.reset_start_time()
+        if iteration % opt["logger"]["print_freq"] == 0:
+            line = {"epoch": iteration // epoch_iters, "iter": iteration, "lrs": model.get_current_learning_rate()}
+            line.update(time=iter_timer.get_avg_time(), data_time=data_timer.get_avg_time())
+            line.update(model.get_current_log())
+            messages(line)
+        stopping = stop.asked(opt, model.device)
+        if stopping or iteration % opt["logger"]["save_checkpoint_freq"] == 0 or iteration == total:
+            save(iteration)
+            saved = iteration
+        if stopping:
+            logger.info(f"stopped by signal {stop.signal} at iteration {iteration}, saved; go on with --auto_resume")
+            return 128 + stop.signal
+        if iteration % opt["val"]["val_freq"] == 0 and iteration < total:
+            validation(iteration)
+        data_timer.start()
+        iter_timer.start()
+
+    seconds = datetime.timedelta(seconds=int(time.time() - started))
+    logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
+    model.save(epoch=-1, current_iter=-1)
+    validation(iteration)
+    if tb_logger:
+        tb_logger.close()
+    return 0
+
+
+def find_weights(opt: dict) -> None:
+    """Point ``path: pretrain_network_g`` at what this option file trained, where no other weights are named.
+
+    Raises:
+        UserError: if there are none.
+    """
+    path = opt["path"]
+    if path.get("pretrain_network_g"):
+        return
+    models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
+    latest = os.path.join(models, "net_g_latest.pth")
+    numbered = [f for f in glob.glob(os.path.join(models, "net_g_*.pth")) if f.rsplit("_", 1)[1][:-4].isdigit()]
+    newest = max(numbered, key=lambda f: int(f.rsplit("_", 1)[1][:-4]), default=None)
+    found = latest if os.path.isfile(latest) else newest
+    if found is None:
+        raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
+    path.update(pretrain_network_g=found, param_key_g="params_ema")
+
+
+def test(args: argparse.Namespace) -> int:
+    """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
+    opt = setup(args, is_train=False)
+    find_weights(opt)
+    sets = build_sets(opt, ("val", "test"))
+    if not sets:
+        raise UserError("option datasets: there is no val or test dataset")
+    if opt["dist"]:
+        dist.barrier()
+    make_exp_dirs(opt)
+    if opt["dist"]:
+        dist.barrier()
+    logger = start_log(opt, "test")
+    logger.info(f"weights: {opt['path']['pretrain_network_g']}")
+    model = build("model", build_model, opt)
+    for test_set in sets:
+        name = test_set.opt["name"]
+        if not handles(model):
+            loader = build_dataloader(test_set, test_set.opt, opt["num_gpu"], opt["dist"], None, opt["manual_seed"])
+            model.validation(loader, opt["name"], None, opt["val"]["save_img"])
+            continue
+        rows = validate(model, test_set, opt["name"], None, opt["val"]["save_img"])
+        if opt["rank"] == 0:
+            stem = os.path.join(opt["path"]["results_root"], f"metrics_{name}")
+            report.write_tables(
+                rows, stem, {"name": opt["name"], "dataset": name, "weights": opt["path"]["pretrain_network_g"]}
+            )
+            print(report.markdown_table(rows))
+            print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}", flush=True)
+    return 0

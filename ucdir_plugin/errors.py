@@ -1,0 +1,40 @@
+"""Errors that a user can mend: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the cure."""
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        # A DataLoader worker re-raises with its traceback as the message: keep the last statement of it.
+        return text.rsplit("UserError: ", 1)[-1]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Hint for a wrong name: the nearest known ones, or all of them if few and none is near."""
+    names = sorted(str(k) for k in known)
+    lowered = {n.lower(): n for n in names}
+    near = [lowered[m] for m in difflib.get_close_matches(str(name).lower(), lowered, n=3, cutoff=0.6)]
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    if len(names) <= 12:
+        return f"known: {', '.join(names)}"
+    return f"none of the {len(names)} known names is near"
+
+
+def run_cli(main: Callable[[], int]) -> int:
+    """Run a tool's ``main``; returns its exit code, 2 for a :class:`UserError`, 130 for Ctrl-C."""
+    try:
+        return main() or 0
+    except UserError as err:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130

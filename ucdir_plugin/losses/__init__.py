@@ -1,0 +1,5 @@
+"""Losses, registered for BasicSR and MMEngine."""
+
+from ucdir_plugin.losses.diffusion_loss import NoisePredictionLoss
+
+__all__ = ["NoisePredictionLoss"]

@@ -1,0 +1,5 @@
+"""Training and test loops, registered as BasicSR models."""
+
+from ucdir_plugin.models.ucdir_model import UCDIRModel
+
+__all__ = ["UCDIRModel"]

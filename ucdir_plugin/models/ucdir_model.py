@@ -1,0 +1,265 @@
+"""UCDIR under BasicSR: joint training of predictor and denoiser, EMA, sampling."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from basicsr.losses import build_loss
+from basicsr.models.base_model import BaseModel
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
+from torch.nn.parallel import DistributedDataParallel
+
+from ucdir_plugin.diffusion import samplers
+from ucdir_plugin.diffusion.noise import generator, normal
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.registry import build_arch, register
+from ucdir_plugin.validation import validate
+
+BANDS = 4
+"""The logged loss is split by noise level sqrt(alpha_bar): [0, 1/4), ... [3/4, 1]."""
+
+
+def training_noise(
+    schedule: NoiseSchedule, numbers: list[int], shape: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise level (B,) and noise (B, *shape) of training samples, each a function of the seed and its sample number."""
+    levels, noises = [], []
+    for number in numbers:
+        stream = generator(seed, "train", number)
+        levels.append(schedule.sample_level(stream))
+        noises.append(torch.randn(shape, generator=stream))
+    return torch.tensor(levels, dtype=torch.float32), torch.stack(noises)
+
+
+@register("model")
+class UCDIRModel(SRModel):
+    """Trains and samples :class:`~ucdir_plugin.archs.UCDIR` (paper, section 3).
+
+    Images enter and leave in [0, 1] RGB; between they are in [-1, 1]. Option keys besides BasicSR's: ``diffusion`` (the
+    training schedule), ``train: diffusion_opt, initial_opt, ema_start, grad_clip, accumulate, amp, max_bad_steps`` and
+    ``val: sampling``; see options/sid_ucdir.yml.
+    """
+
+    def __init__(self, opt: dict):
+        BaseModel.__init__(self, opt)
+        schedule = opt["diffusion"]
+        self.schedule = NoiseSchedule.linear(schedule["timesteps"], schedule["start"], schedule["end"])
+        self.net_g = self.model_to_device(build_arch(opt["network_g"], "network_g"))
+        self.print_network(self.net_g)
+        pretrained = opt["path"].get("pretrain_network_g")
+        if pretrained:
+            self.load_network(
+                self.net_g, pretrained, opt["path"].get("strict_load_g", True), opt["path"].get("param_key_g", "params")
+            )
+        if self.is_train:
+            self.init_training_settings()
+
+    def init_training_settings(self) -> None:
+        train = self.opt["train"]
+        self.net_g.train()
+        self.ema_decay, self.ema_start = train.get("ema_decay", 0), train.get("ema_start", 0)
+        if self.ema_decay > 0:
+            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
+            pretrained = self.opt["path"].get("pretrain_network_g")
+            if pretrained:
+                self.load_network(self.net_g_ema, pretrained, self.opt["path"].get("strict_load_g", True), "params_ema")
+        self.cri_diffusion = build_loss(train["diffusion_opt"]).to(self.device)
+        # A loss of BasicSR may be used too; most do not know of noise levels.
+        self.with_level = "noise_level" in inspect.signature(self.cri_diffusion.forward).parameters
+        self.cri_initial = build_loss(train["initial_opt"]).to(self.device) if train.get("initial_opt") else None
+        amp = train.get("amp")
+        if amp == "fp16" and self.device.type != "cuda":
+            raise UserError("option train:amp: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
+        self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.bad_steps = self.bad_steps_in_a_row = 0
+        self.setup_optimizers()
+        if train.get("scheduler"):
+            self.setup_schedulers()
+        self._reset_log()
+
+    # Training
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch: ``lq`` and, where known, ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` in training, ``key`` in test."""
+        self.lq = data["lq"].to(self.device, non_blocking=True)
+        self.__dict__.pop("gt", None)
+        if "gt" in data:
+            self.gt = data["gt"].to(self.device, non_blocking=True)
+        self.sample_numbers = data["sample_number"].tolist() if "sample_number" in data else None
+        self.keys = list(data["key"]) if "key" in data else [str(p) for p in data.get("lq_path", [""] * len(self.lq))]
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One step; a step whose loss or gradient is not finite changes nothing and is counted.
+
+        Raises:
+            UserError: after ``max_bad_steps`` such steps in a row.
+        """
+        train = self.opt["train"]
+        batch = len(self.lq)
+        numbers = self.sample_numbers
+        if numbers is None:  # under BasicSR's own loop
+            first = ((current_iter - 1) * self.opt["world_size"] + self.opt["rank"]) * batch
+            numbers = list(range(first, first + batch))
+        levels, noises = training_noise(self.schedule, numbers, self.lq.shape[1:], self.opt["manual_seed"])
+        levels, noises = levels.to(self.device), noises.to(self.device)
+        lq, hr = self.lq * 2 - 1, self.gt * 2 - 1
+        parts = min(train.get("accumulate", 1), batch)
+
+        self.optimizer_g.zero_grad(set_to_none=True)
+        losses: dict[str, torch.Tensor] = {}
+        errors = []
+        for i, chunk in enumerate(torch.arange(batch).tensor_split(parts)):
+            part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            share = len(chunk) / batch
+            # DDP needs to exchange gradients only with the last part's.
+            waits = i < parts - 1 and isinstance(self.net_g, DistributedDataParallel)
+            with self.net_g.no_sync() if waits else nullcontext():
+                with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                    eps, initial = self.net_g(lq[part], hr[part], levels[part], noises[part])
+                eps, initial = eps.float(), initial.float()
+                extra = {"noise_level": levels[part]} if self.with_level else {}
+                terms = {"l_eps": self.cri_diffusion(eps, noises[part], **extra)}
+                if self.cri_initial is not None:
+                    terms["l_initial"] = self.cri_initial(initial, hr[part])
+                self.scaler.scale(sum(terms.values()) * share).backward()
+            errors.append((eps.detach() - noises[part]).abs().flatten(1).mean(1))
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0) + term.detach() * share
+
+        self.scaler.unscale_(self.optimizer_g)
+        norm = torch.nn.utils.clip_grad_norm_(self.net_g.parameters(), train.get("grad_clip") or float("inf"))
+        total = sum(losses.values())
+        # Gradients are the same on all ranks, and not finite where any rank's loss is not; fp16 overflows are the scaler's.
+        good = bool(torch.isfinite(norm)) or (self.scaler.is_enabled() and bool(torch.isfinite(total)))
+        if good:
+            self.scaler.step(self.optimizer_g)
+            self.bad_steps_in_a_row = 0
+            self._update_log(losses, levels, torch.cat(errors))
+            if self.ema_decay > 0:
+                self._update_ema(current_iter)
+        self.scaler.update()
+        if not good:
+            self._count_bad_step(current_iter, float(total))
+
+    def _count_bad_step(self, current_iter: int, loss: float) -> None:
+        self.bad_steps += 1
+        self.bad_steps_in_a_row += 1
+        logger = get_root_logger()
+        logger.warning(
+            f"iteration {current_iter}: loss {loss} or its gradient is not finite; step skipped ({self.bad_steps})"
+        )
+        if self.bad_steps_in_a_row >= self.opt["train"].get("max_bad_steps", 10):
+            raise UserError(
+                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without a finite"
+                " loss; the last checkpoint is kept. Lower the learning rate, set train:grad_clip, or check the images"
+            )
+
+    @torch.no_grad()
+    def _update_ema(self, current_iter: int) -> None:
+        """A copy until ``ema_start``; then the decay is ramped up, so that short runs validate something."""
+        updates = current_iter - self.ema_start
+        decay = min(self.ema_decay, (1 + updates) / (10 + updates)) if updates > 0 else 0.0
+        live = self.get_bare_model(self.net_g)
+        averaged, current = list(self.net_g_ema.parameters()), list(live.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for ema, buffer in zip(self.net_g_ema.buffers(), live.buffers()):
+            ema.copy_(buffer)
+
+    # Logging: sums on the device, read once per print
+
+    def _reset_log(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def _update_log(self, losses: dict, levels: torch.Tensor, errors: torch.Tensor) -> None:
+        def add(name: str, value: torch.Tensor, count: torch.Tensor) -> None:
+            pair = torch.stack((value.float(), count.float()))
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+        for name, value in losses.items():
+            add(name, value, torch.ones_like(value))
+        band = (levels * BANDS).long().clamp(max=BANDS - 1)
+        for i in range(BANDS):
+            mask = (band == i).float()
+            add(f"l_eps_band{i}", (errors * mask).sum(), mask.sum())
+
+    def get_current_log(self) -> OrderedDict:
+        """Losses averaged since the last call, over all ranks; a band without samples is left out."""
+        names = list(self._sums)
+        log: OrderedDict = OrderedDict()
+        if names:
+            sums = torch.stack([self._sums[name] for name in names])
+            if self.opt["dist"]:
+                dist.all_reduce(sums)
+            log.update((n, s / c) for n, (s, c) in zip(names, sums.tolist()) if c)
+        self._reset_log()
+        return log
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a training state holds besides BasicSR's own entries."""
+        return {"bad_steps": self.bad_steps, "scaler": self.scaler.state_dict()}
+
+    def resume_training(self, resume_state: dict) -> None:
+        super().resume_training(resume_state)
+        extra = resume_state.get("extra", {})
+        self.bad_steps = extra.get("bad_steps", 0)
+        if extra.get("scaler"):
+            self.scaler.load_state_dict(extra["scaler"])
+
+    # Sampling
+
+    def sampling_schedule(self) -> NoiseSchedule:
+        """The schedule of ``val: sampling``: the training one respaced (the paper), or a new linear one (the release)."""
+        sampling = self.opt["val"]["sampling"]
+        if sampling["spacing"] == "rescale":
+            return NoiseSchedule.linear(sampling["steps"], self.opt["diffusion"]["start"], sampling["rescale_end"])
+        return self.schedule.respace(sampling["steps"])
+
+    @torch.no_grad()
+    def test(self) -> None:
+        """Restore ``self.lq``: sets ``self.initial`` and ``self.output``, (B, 3, H, W) in [0, 1] up to overshoot.
+
+        The noise of an image is a function of the seed and the image's key alone.
+        """
+        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
+        training, net = net.training, net.eval()
+        sampling = self.opt["val"]["sampling"]
+        border = sampling["border"]
+        lq = self.lq * 2 - 1
+        if border:
+            mode = "reflect" if border < min(lq.shape[-2:]) else "replicate"
+            lq = F.pad(lq, (border,) * 4, mode=mode)
+        initial = net.predict(lq)
+
+        def noise(draw: int) -> torch.Tensor:
+            streams = [
+                normal(lq.shape[1:], self.opt["manual_seed"], "sample", key, draw, device=self.device)
+                for key in self.keys
+            ]
+            return torch.stack(streams)
+
+        residual = samplers.ddpm(
+            lambda x, level: net.denoise(x, level, lq, initial), self.sampling_schedule(), noise, sampling["clip_x0"]
+        )
+        inner = (..., slice(border, lq.shape[-2] - border), slice(border, lq.shape[-1] - border))
+        self.initial = (initial[inner] + 1) / 2
+        self.output = ((initial + residual)[inner] + 1) / 2
+        net.train(training)
+
+    def get_current_visuals(self) -> OrderedDict:
+        visuals = super().get_current_visuals()
+        visuals["initial"] = self.initial.detach().cpu()
+        return visuals
+
+    def validation(self, dataloader, current_iter, tb_logger, save_img: bool = False) -> None:
+        """BasicSR's entry point; the work is in :func:`ucdir_plugin.validation.validate`."""
+        validate(self, dataloader.dataset, current_iter, tb_logger, save_img)

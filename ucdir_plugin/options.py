@@ -1,0 +1,429 @@
+"""Option files: read safely, overridden from the command line, checked, and completed with defaults.
+
+BasicSR's YAML loader executes python tags and its ``--force_yml`` uses exec and eval; here both are plain YAML.
+What this package owns is checked strictly (unknown keys, types, ranges); the keyword arguments of a foreign network,
+loss, metric or optimizer are checked against its signature and passed on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import typing
+from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+
+from ucdir_plugin import registry
+from ucdir_plugin.errors import UserError, did_you_mean
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen and key != "<<":
+            raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; remove one")
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML without python tags.
+
+    Raises:
+        UserError: naming ``where`` and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except UserError as err:
+        raise UserError(f"{where}: {err}") from err
+    except yaml.constructor.ConstructorError as err:
+        line = f", line {err.problem_mark.line + 1}" if err.problem_mark else ""
+        raise UserError(f"{where}{line}: {err.problem}; only plain YAML is read, tags are refused") from err
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: no valid YAML: {getattr(err, 'problem', None) or err}") from err
+
+
+def apply_overrides(opt: dict, entries: Optional[List[str]]) -> None:
+    """Apply ``--force_yml a:b=value`` entries in place; values are YAML, missing levels are created.
+
+    Raises:
+        UserError: for an entry without '=', or a path through something that is no mapping.
+    """
+    for entry in entries or ():
+        path, separator, value = entry.partition("=")
+        keys = [key.strip() for key in path.split(":")]
+        if not separator or not all(keys):
+            raise UserError(f"--force_yml {entry!r}: write it as key:subkey=value")
+        target = opt
+        for depth, key in enumerate(keys[:-1]):
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+            if not isinstance(target, dict):
+                raise UserError(f"--force_yml {entry!r}: {':'.join(keys[: depth + 1])} is no mapping")
+        target[keys[-1]] = read_yaml(value, f"--force_yml {entry!r}")
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ScheduleOptions(_Schema):
+    """Training noise schedule."""
+
+    type: Literal["linear"] = "linear"
+    timesteps: PositiveInt = 2000
+    start: float = Field(1e-6, gt=0, lt=1)
+    end: float = Field(1e-2, gt=0, lt=1)
+
+
+class SamplingOptions(_Schema):
+    """How validation and test sample."""
+
+    sampler: Literal["ddpm"] = "ddpm"
+    steps: PositiveInt = 50
+    spacing: Literal["respace", "rescale"] = "respace"
+    rescale_end: float = Field(0.1, gt=0, lt=1)
+    clip_x0: bool = True
+    border: int = Field(0, ge=0)
+
+
+class _Typed(_Schema):
+    """A configuration with a ``type``; its other keys are checked against the signature of that type."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: str
+
+
+class PathOptions(_Schema):
+    pretrain_network_g: Optional[str] = None
+    param_key_g: str = "params"
+    strict_load_g: bool = True
+    resume_state: Optional[str] = None
+    ignore_resume_networks: Optional[Union[str, List[str]]] = None
+
+
+class ValOptions(_Schema):
+    val_freq: PositiveInt = 5000
+    save_img: bool = True
+    suffix: Optional[str] = None
+    pbar: bool = True
+    metrics: Optional[Dict[str, _Typed]] = None
+    sampling: SamplingOptions = SamplingOptions()
+
+
+class LoggerOptions(_Schema):
+    print_freq: PositiveInt = 100
+    save_checkpoint_freq: PositiveInt = 5000
+    use_tb_logger: bool = False
+    wandb: Optional[dict] = None
+
+
+class TrainOptions(_Schema):
+    total_iter: PositiveInt
+    warmup_iter: int = -1
+    optim_g: _Typed
+    scheduler: Optional[_Typed] = None
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    ema_start: int = Field(0, ge=0)
+    diffusion_opt: Optional[_Typed] = None
+    initial_opt: Optional[_Typed] = None
+    grad_clip: Optional[float] = Field(None, gt=0)
+    accumulate: PositiveInt = 1
+    amp: Optional[Literal["bf16", "fp16"]] = None
+    max_bad_steps: PositiveInt = 10
+
+
+class DatasetOptions(_Schema):
+    """Keys of BasicSR's loader and its image datasets, and of this package's."""
+
+    name: str
+    type: str
+    dataroot_gt: Optional[str] = None
+    dataroot_lq: Optional[str] = None
+    meta_info_file: Optional[str] = None
+    filename_tmpl: str = "{}"
+    io_backend: dict = Field(default_factory=lambda: {"type": "disk"})
+    gt_size: Optional[PositiveInt] = None
+    use_hflip: bool = False
+    use_rot: bool = False
+    color: Optional[str] = None
+    mean: Optional[List[float]] = None
+    std: Optional[List[float]] = None
+    quality: Union[int, Tuple[int, int], None] = None
+    num_worker_per_gpu: int = Field(0, ge=0)
+    batch_size_per_gpu: PositiveInt = 1
+    dataset_enlarge_ratio: PositiveInt = 1
+    prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
+    num_prefetch_queue: PositiveInt = 1
+    pin_memory: bool = False
+    persistent_workers: bool = False
+
+
+class Options(_Schema):
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    model_type: str
+    scale: PositiveInt = 1
+    num_gpu: Union[Literal["auto"], int] = "auto"
+    manual_seed: Optional[int] = 0
+    datasets: Dict[str, DatasetOptions] = Field(min_length=1)
+    network_g: _Typed
+    path: PathOptions = PathOptions()
+    train: Optional[TrainOptions] = None
+    val: ValOptions = ValOptions()
+    logger: LoggerOptions = LoggerOptions()
+    diffusion: ScheduleOptions = ScheduleOptions()
+    dist_params: Optional[dict] = None
+    find_unused_parameters: bool = False
+
+
+# Datasets whose keys are all in DatasetOptions; others are passed on unchecked.
+_KNOWN_DATASETS = {"PairedImageDataset", "SingleImageDataset", "PairedRestorationDataset", "JPEGDataset"}
+_KNOWN_MODELS = {"UCDIRModel"}
+
+
+def _fields_at(loc: tuple) -> List[str]:
+    """The option names known at a place of the schema."""
+    place: Any = Options
+    for part in loc:
+        if typing.get_origin(place) is dict:
+            place = typing.get_args(place)[1]
+        elif inspect.isclass(place) and part in getattr(place, "model_fields", {}):
+            place = place.model_fields[part].annotation
+        else:
+            return []
+        if typing.get_origin(place) is Union:
+            place = next(arg for arg in typing.get_args(place) if arg is not type(None))
+    return list(getattr(place, "model_fields", {}))
+
+
+def _explain(error: dict) -> str:
+    # Branches of a Union show up as extra parts of the location: they are no option names.
+    loc = [
+        part for part in error["loc"] if not (isinstance(part, str) and re.search(r"[\[\]]|^(int|float|str)$", part))
+    ]
+    name = ":".join(str(part) for part in loc)
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {name}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
+    if error["type"] == "missing":
+        return f"option {name} is missing"
+    return f"option {name}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def check_call(target: Any, kwargs: Mapping[str, Any], where: str, given: int = 0, own: bool = False) -> None:
+    """Check keyword arguments against a callable's signature, and their types for this package's own (``own``).
+
+    Args:
+        given: positional parameters that the caller supplies itself (after ``self``).
+
+    Raises:
+        UserError: for an unknown, missing or wrongly typed argument.
+    """
+    function = target.__init__ if inspect.isclass(target) else target
+    parameters = list(inspect.signature(function).parameters.values())
+    parameters = parameters[given + inspect.isclass(target) :]
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in kwargs:
+        if key not in known and not open_ended:
+            raise UserError(f"unknown option {where}:{key} for {target.__name__}; {did_you_mean(key, known)}")
+    for p in parameters:
+        if p.name in known and p.default is p.empty and p.name not in kwargs:
+            raise UserError(f"option {where}:{p.name} is missing ({target.__name__} needs it)")
+    if not own:
+        return
+    hints = typing.get_type_hints(function)
+    for key, value in kwargs.items():
+        if key in hints:
+            try:
+                TypeAdapter(hints[key]).validate_json(_to_json(value, f"option {where}:{key}"), strict=True)
+            except ValidationError as err:
+                message = err.errors()[0]["msg"]
+                raise UserError(f"option {where}:{key}: {message[0].lower()}{message[1:]}, got {value!r}") from err
+
+
+def _to_json(value: Any, where: str) -> str:
+    """JSON, in which strict types still let a list stand for a tuple, as YAML needs."""
+    try:
+        return json.dumps(value)
+    except TypeError as err:
+        raise UserError(f"{where}: only plain values are read ({err})") from err
+
+
+def _is_own(target: Any) -> bool:
+    return target.__module__.split(".")[0] == "ucdir_plugin"
+
+
+def check_registered(kind: str, cfg: Any, where: str, given: int = 0) -> None:
+    """Check ``{type: NAME, ...}`` against the registry and the signature; nested networks too."""
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get("type"), str):
+        raise UserError(f"option {where}: a mapping with 'type: NAME' is expected, got {cfg!r}")
+    target = registry.lookup(kind, cfg["type"], f"option {where}:type")
+    kwargs = {k: v for k, v in cfg.items() if k != "type"}
+    own = _is_own(target)
+    check_call(target, kwargs, where, given, own)
+    if own and kind == "arch":
+        for key, hint in typing.get_type_hints(target.__init__).items():
+            if hint is dict and key in kwargs:
+                check_registered("arch", kwargs[key], f"{where}:{key}")
+
+
+def _check_train(train: Mapping[str, Any], own_model: bool) -> None:
+    import torch
+    from basicsr.models import lr_scheduler
+
+    optim = train["optim_g"]
+    optimizer = getattr(torch.optim, optim["type"], None)
+    if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)):
+        known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c)]
+        raise UserError(
+            f"option train:optim_g:type: there is no {optim['type']!r}; {did_you_mean(optim['type'], known)}"
+        )
+    check_call(optimizer, {k: v for k, v in optim.items() if k != "type"}, "train:optim_g", given=1)
+    scheduler = train.get("scheduler")
+    if scheduler is not None:
+        known = ("MultiStepLR", "MultiStepRestartLR", "CosineAnnealingRestartLR")
+        if scheduler["type"] not in known:
+            hint = did_you_mean(scheduler["type"], known)
+            raise UserError(f"option train:scheduler:type: there is no {scheduler['type']!r}; {hint}")
+        name = scheduler["type"].replace("MultiStepLR", "MultiStepRestartLR")
+        check_call(
+            getattr(lr_scheduler, name), {k: v for k, v in scheduler.items() if k != "type"}, "train:scheduler", given=1
+        )
+    for key, value in train.items():
+        if key.endswith("_opt") and isinstance(value, Mapping):
+            check_registered("loss", value, f"train:{key}")
+    if own_model and not train.get("diffusion_opt"):
+        raise UserError("option train:diffusion_opt is missing (the loss on the predicted noise)")
+    if not own_model and scheduler is None:
+        raise UserError("option train:scheduler is missing")
+
+
+def _merge(defaults: dict, given: Mapping) -> dict:
+    """Defaults where nothing is given; what is given stays as it is."""
+    merged = dict(defaults)
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        elif value is not None or key not in merged:
+            merged[key] = value
+    return merged
+
+
+def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
+    """Check an option mapping and complete it with defaults.
+
+    Raises:
+        UserError: one line that names the first fault and its cure.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: a mapping of options is expected")
+    own_model = raw.get("model_type") in _KNOWN_MODELS
+    datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
+    try:
+        defaults = Options.model_validate_json(_to_json(raw, where)).model_dump()
+    except ValidationError as err:
+
+        def foreign(error: dict) -> bool:
+            """An option of a foreign model or dataset, which has its own idea of what it needs."""
+            if error["type"] != "extra_forbidden":
+                return False
+            loc = error["loc"]
+            if loc[0] == "datasets" and len(loc) > 2:
+                kind = datasets[loc[1]].get("type") if isinstance(datasets.get(loc[1]), dict) else None
+                return kind not in _KNOWN_DATASETS
+            return not own_model
+
+        faults = [e for e in err.errors() if not foreign(e)]
+        if faults:
+            raise UserError(f"{where}: {_explain(faults[0])}") from err
+        known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
+        defaults = Options.model_validate_json(_to_json(known, where)).model_dump()
+    opt = _merge(defaults, raw)
+    # BasicSR's datasets ask whether a key is there at all.
+    opt["datasets"] = {p: {k: v for k, v in d.items() if v is not None} for p, d in opt["datasets"].items()}
+    try:
+        registry.lookup("model", opt["model_type"], "option model_type")
+        for key, cfg in opt.items():
+            if key.startswith("network_"):
+                check_registered("arch", cfg, key)
+        for phase, dataset in opt["datasets"].items():
+            if phase.split("_")[0] not in ("train", "val", "test"):
+                raise UserError(f"option datasets:{phase}: the phases are train, val, val_2, ..., test, test_2, ...")
+            registry.lookup("dataset", dataset["type"], f"option datasets:{phase}:type")
+        for name, metric in (opt["val"].get("metrics") or {}).items():
+            check_metric(metric, f"val:metrics:{name}")
+        if is_train:
+            if "train" not in opt["datasets"]:
+                raise UserError("option datasets:train is missing")
+            if not opt.get("train"):
+                raise UserError("option train is missing")
+        if opt.get("train"):
+            _check_train(opt["train"], own_model)
+        steps, timesteps = opt["val"]["sampling"]["steps"], opt["diffusion"]["timesteps"]
+        if steps > timesteps:
+            raise UserError(f"option val:sampling:steps: {steps} is more than the schedule's {timesteps} (diffusion)")
+        if not own_model:
+            del opt["diffusion"], opt["val"]["sampling"]
+    except UserError as err:
+        raise UserError(f"{where}: {err}") from err
+    return opt
+
+
+def check_metric(cfg: Mapping[str, Any], where: str) -> None:
+    """A metric's keyword arguments, without the images and ``better``, which says which way is up."""
+    target = registry.lookup("metric", cfg["type"], f"option {where}:type")
+    parameters = inspect.signature(target).parameters
+    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ("img", "img2")]
+    for key in cfg:
+        if key not in (*known, "type", "better"):
+            raise UserError(f"unknown option {where}:{key}; {did_you_mean(key, [*known, 'better'])}")
+    for name in known:
+        if parameters[name].default is inspect.Parameter.empty and name not in cfg:
+            raise UserError(f"option {where}:{name} is missing ({cfg['type']} needs it)")
+
+
+def _without(paths: set, node: Any, here: tuple = ()) -> Any:
+    if not isinstance(node, dict):
+        return node
+    return {k: _without(paths, v, (*here, k)) for k, v in node.items() if (*here, k) not in paths}
+
+
+def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
+    """Read, override and check an option file.
+
+    Raises:
+        UserError: if it is missing, no plain YAML, or has a fault.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(
+            f"option file {path} cannot be read: {getattr(err, 'strerror', None) or 'it is no text'}"
+        ) from err
+    raw = read_yaml(text, path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a mapping of options is expected")
+    apply_overrides(raw, overrides)
+    return check_options(raw, is_train, os.path.basename(path))

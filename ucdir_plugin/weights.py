@@ -1,0 +1,134 @@
+"""Reading and converting weights, safely: tensors only, never code; one clear line when a file does not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any, Mapping
+
+import torch
+from torch import nn
+
+from ucdir_plugin.errors import UserError
+
+# What the released ``*_gen.pth`` of UCDIR holds beside the weights: constants of its noise schedule.
+SCHEDULE_BUFFERS = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    }
+)
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """Load a ``.pth`` or ``.safetensors`` file onto the CPU without running any code in it.
+
+    Raises:
+        UserError: if it is missing, cannot be read, or is a pickle that wants more than tensors.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        if "nsupported" in str(err):
+            raise UserError(
+                f"checkpoint {path} is refused: it holds Python objects that could run code, not only tensors;"
+                " save its state_dict alone"
+            ) from err
+        raise UserError(f"checkpoint {path} cannot be read: it is damaged or no PyTorch file") from err
+    except Exception as err:  # torch and safetensors raise a dozen types for damaged files
+        raise UserError(f"checkpoint {path} cannot be read: it is damaged or no PyTorch file") from err
+
+
+def _first(names: list[str]) -> str:
+    return f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})"
+
+
+def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True) -> None:
+    """Load ``state`` into ``net``; not strict leaves out what does not fit.
+
+    Raises:
+        UserError: naming the first key that is missing, unexpected or of another shape.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"checkpoint {path} holds no weights: a mapping of names to tensors is expected")
+    state = {str(key).removeprefix("module."): v for key, v in state.items()}
+    own = net.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    misshapen = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if strict and (missing or unexpected or misshapen):
+        faults = []
+        if missing:
+            faults.append(f"lacks {_first(missing)}")
+        if unexpected:
+            faults.append(f"has unknown {_first(unexpected)}")
+        if misshapen:
+            k = misshapen[0]
+            faults.append(
+                f"has other shapes for {_first(misshapen)}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+            )
+        raise UserError(f"checkpoint {path} is of another architecture than {type(net).__name__}: {'; '.join(faults)}")
+    net.load_state_dict({k: v for k, v in state.items() if k in own and k not in misshapen}, strict=False)
+
+
+def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params") -> None:
+    """``BaseModel.load_network`` of BasicSR with a safe reader and one-line errors (a method; see compat.py).
+
+    ``param_key`` falls back to 'params', and to the file itself where it is a bare state dict.
+    """
+    from basicsr.utils import get_root_logger
+
+    content = read_checkpoint(load_path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {load_path} holds no weights: a mapping of names to tensors is expected")
+    used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
+    state = content if used is None else content[used]
+    get_root_logger().info(f"Loading {type(self.get_bare_model(net)).__name__} from {load_path}, key {used}.")
+    load_state_dict(self.get_bare_model(net), state, load_path, strict)
+
+
+def convert_ucdir(source: str, target: str) -> dict[str, Any]:
+    """Turn a released UCDIR checkpoint (``*_gen_ema.pth`` or ``*_gen.pth``) into a BasicSR one.
+
+    Schedule buffers are dropped by name; everything else must load strictly into the released architecture.
+
+    Returns:
+        ``{"tensors": number kept, "parameters": numbers in them, "dropped": names}``.
+
+    Raises:
+        UserError: if the file cannot be read or is of another architecture.
+    """
+    from ucdir_plugin.archs import UCDIR
+    from ucdir_plugin.checkpoint import atomic_save
+
+    state = read_checkpoint(source)
+    if isinstance(state, Mapping) and isinstance(state.get("params"), Mapping):
+        state = state["params"]
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint {source} holds no weights: a mapping of names to tensors is expected")
+    dropped = sorted(key for key in state if key in SCHEDULE_BUFFERS)
+    state = {key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}
+    with torch.device("meta"):
+        net = UCDIR(denoiser={"type": "UCDIRDenoiser"}, predictor={"type": "SIDUNet"})
+    load_state_dict(net, state, source)
+    # One set of tensors under both of BasicSR's keys: torch.save stores shared memory once.
+    atomic_save({"params": state, "params_ema": state}, target)
+    return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "dropped": dropped}
