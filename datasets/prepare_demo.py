@@ -1,7 +1,7 @@
 """Lay out the demo's photographs: python datasets/prepare_demo.py
 
-They come with scikit-image, so nothing is downloaded. Training: six photographs and three textures; test: two photographs that are
-never trained on.
+They come with scikit-image, so nothing is downloaded. Training: six photographs and three
+textures; test: two photographs that are never trained on.
 """
 
 import argparse

@@ -34,10 +34,11 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as err:
         free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free" if os.path.isdir(folder) else "no such folder"
-        if os.path.exists(temporary):
-            os.remove(temporary)
         reason = getattr(err, "strerror", None) or "writing failed"
         raise UserError(f"cannot write {path}: {reason} ({free})") from err
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def remove_leftovers(*folders: str) -> None:

@@ -81,7 +81,7 @@ def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
 
 
 def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
-    """Upstream's warm-up overwrites the rate that a multi-step scheduler goes on from, so it stays at (warmup - 1) / warmup.
+    """Upstream's warm-up overwrites the rate that a multi-step scheduler goes on from: (warmup - 1) / warmup remains.
 
     Here the warm-up factor is taken off before the scheduler's step and put on after it.
     """

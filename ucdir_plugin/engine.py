@@ -97,7 +97,7 @@ def seed_everything(*key: Any) -> None:
 
 
 def start_log(opt: dict, kind: str) -> logging.Logger:
-    """BasicSR's logger with a file in the run's folder; BasicSR's building functions have created it without one by now."""
+    """BasicSR's logger with a file in the run's folder (its building functions have created it without one by now)."""
     logger = get_root_logger()
     if opt["rank"] == 0:
         for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:  # of an earlier run
@@ -151,45 +151,38 @@ class _Stop:
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     opt = setup(args, is_train=True)
-    rank_0 = opt["rank"] == 0
-    sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))  # a fault in the data comes before any folder is made
+    rank_0, seed, total = opt["rank"] == 0, opt["manual_seed"], opt["train"]["total_iter"]
+    # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
+    (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
     resume = find_resume_state(opt)
     start = resume["iter"] if resume else 0
-    if opt["dist"]:
-        dist.barrier()  # all have looked before rank 0 moves an old experiment away
-    if not resume:
-        make_exp_dirs(opt)
-    if rank_0:
-        remove_leftovers(opt["path"]["models"], opt["path"]["training_states"])
-        print(
-            f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch",
-            flush=True,
-        )
-    copy_opt_file(args.opt, opt["path"]["experiments_root"])
-    logger = start_log(opt, "train")
-    tb_logger = init_tb_loggers(opt)
-
-    (train_set,), val_sets = sets
-    data_opt = opt["datasets"]["train"]
-    batch = data_opt["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
-    seed = opt["manual_seed"]
-    sampler = EndlessSampler(len(train_set), batch, opt["rank"], opt["world_size"], seed, start)
-    loader = build_dataloader(KeyedDataset(train_set, seed), data_opt, opt["num_gpu"], opt["dist"], sampler, seed=seed)
-    epoch_iters = max(1, math.ceil(len(train_set) / (batch * opt["world_size"])))
-    total = opt["train"]["total_iter"]
-    logger.info(f"{len(train_set)} training images, {total} iterations of {batch} x {opt['world_size']} samples")
-
     seed_everything(seed, "init")
     model = build("model", build_model, opt)
     if resume:
         model.resume_training(resume)
-        model.best_metric_results = resume["best_metric_results"]
+        model.best_metric_results = resume.get("best_metric_results", {})
+    if opt["dist"]:
+        dist.barrier()  # all have looked before rank 0 moves an earlier experiment away
+    if not resume:
+        make_exp_dirs(opt)
+    if rank_0:
+        remove_leftovers(opt["path"]["models"], opt["path"]["training_states"])
+        state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"
+        print(state, flush=True)
+    copy_opt_file(args.opt, opt["path"]["experiments_root"])
+    logger = start_log(opt, "train")
+    tb_logger = init_tb_loggers(opt)
+    model.print_network(model.net_g)
+
+    data_opt = opt["datasets"]["train"]
+    batch = data_opt["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
+    sampler = EndlessSampler(len(train_set), batch, opt["rank"], opt["world_size"], seed, start)
+    loader = build_dataloader(KeyedDataset(train_set, seed), data_opt, opt["num_gpu"], opt["dist"], sampler, seed=seed)
+    epoch_iters = max(1, math.ceil(len(train_set) / (batch * opt["world_size"])))
+    logger.info(f"{len(train_set)} training images, {total} iterations of {batch} x {opt['world_size']} samples")
     messages = MessageLogger(opt, start, tb_logger)
-    prefetcher = (
-        CUDAPrefetcher(loader, data_opt | {"num_gpu": opt["num_gpu"]})
-        if (data_opt.get("prefetch_mode") == "cuda")
-        else CPUPrefetcher(loader)
-    )
+    on_cuda = data_opt.get("prefetch_mode") == "cuda"
+    prefetcher = CUDAPrefetcher(loader, opt) if on_cuda else CPUPrefetcher(loader)
     stop = _Stop()
 
     def save(iteration: int) -> None:

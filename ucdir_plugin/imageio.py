@@ -17,7 +17,7 @@ _ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 def decode_image(content: bytes, path: str) -> np.ndarray:
     """Decode an image file's bytes: (H, W, 3) float32 BGR in [0, 1], as BasicSR's datasets hold images.
 
-    Gray is repeated, alpha dropped, 16 bits keep their precision, EXIF rotation is applied. 8-bit values equal BasicSR's.
+    Gray is repeated, alpha dropped, 16 bits keep their precision, EXIF rotation is applied; 8 bits equal BasicSR's.
 
     Raises:
         UserError: if it is empty or cannot be decoded; names ``path``.

@@ -53,18 +53,17 @@ def measure(image: np.ndarray, truth: Optional[np.ndarray], metrics: dict[str, d
     values: dict[str, Optional[float]] = {}
     for name, cfg in metrics.items():
         cfg = {k: v for k, v in cfg.items() if k != "better"}
-        data = {"img": image}
         if "img2" in inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters:
-            if truth is None:
+            if truth is None or image.shape != truth.shape:  # no truth, or an input of a lower resolution
                 continue
-            if image.shape != truth.shape:  # an input at a lower resolution
-                continue
-            data["img2"] = truth
-        try:
-            with np.errstate(all="ignore"):
-                value = float(calculate_metric(data, cfg))
-        except (np.linalg.LinAlgError, ValueError, IndexError):
-            value = float("nan")
+            value = float(calculate_metric({"img": image, "img2": truth}, cfg))
+        else:
+            try:
+                with np.errstate(all="ignore"):
+                    value = float(calculate_metric({"img": image}, cfg))
+            except (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError):
+                # NIQE fits statistics to blocks of 96x96: too small or constant an image has none.
+                value = float("nan")
         values[name] = None if np.isnan(value) else value
     return values
 

@@ -47,7 +47,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
-        if "nsupported" in str(err):
+        if "nsupported operand" not in str(err):  # an operand: not even a pickle
             raise UserError(
                 f"checkpoint {path} is refused: it holds Python objects that could run code, not only tensors;"
                 " save its state_dict alone"

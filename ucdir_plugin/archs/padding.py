@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int, always: bool = False) -> torch.Tensor:
-    """Pad right and bottom to the next multiple, by reflection (by repetition of the edge where the image is too small).
+    """Pad right and bottom to the next multiple, by reflection (where the image is too small, by repeating the edge).
 
     Args:
         x: (B, C, H, W).

@@ -160,7 +160,7 @@ class _Upsample(nn.Module):
 
 @register("arch")
 class UCDIRDenoiser(nn.Module):
-    """UCDIR's U-Net of Adaptive Kernel Guidance blocks; defaults are the released SID model (denoiser of 89.6 M parameters).
+    """UCDIR's U-Net of Adaptive Kernel Guidance blocks; the defaults are the released SID model (97.35 M parameters).
 
     As UCDIR's denoiser it takes concat(lq, x_t), the noise level and the guide. Called with the image alone, under
     BasicSR's SRModel, it is the paper's regression baseline: the same network, one pass, the image as its own guide,
@@ -176,7 +176,8 @@ class UCDIRDenoiser(nn.Module):
         image_size: nominal size, only used with ``attn_res``.
         num_bases: kernel bases N of each AKGM; all widths must be multiples of it.
         dropout: in the final head.
-        residual: add the first ``out_channel`` input channels to the output (for the regression baseline); not in the release.
+        residual: add the first ``out_channel`` input channels to the output, for the regression baseline; not in the
+            release.
         released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
 
     Shape:
@@ -245,6 +246,9 @@ class UCDIRDenoiser(nn.Module):
         self.final_conv = nn.Sequential(
             nn.GroupNorm(1, channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, out_channel, 3, padding=1)
         )
+        if residual:  # start from the input itself
+            nn.init.zeros_(self.final_conv[3].weight)
+            nn.init.zeros_(self.final_conv[3].bias)
 
     def forward(
         self, x: torch.Tensor, noise_level: Optional[torch.Tensor] = None, guide: Optional[torch.Tensor] = None

@@ -11,7 +11,7 @@ import numpy as np
 from basicsr.data.transforms import augment
 from torch.utils.data import Dataset
 
-from ucdir_plugin.data.paired_dataset import check_crop, option, to_sample
+from ucdir_plugin.data.paired_dataset import check_crop, option, some_of, to_sample
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.imageio import decode_image, image_size, list_images, read_bytes
 from ucdir_plugin.registry import register
@@ -27,12 +27,12 @@ def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 class JPEGDataset(Dataset):
     """A folder of photographs and their JPEG-compressed versions.
 
-    In training a random crop is compressed, so that blocks start at the crop's corner, as they start at an image's corner
-    in the test, where the whole image is compressed.
+    In training a random crop is compressed, so that blocks start at the crop's corner, as they start at an image's
+    corner in the test, where the whole image is compressed.
 
     Args:
-        opt: ``dataroot_gt``; ``quality``: 1 .. 100, or [low, high] to draw from in training (the test takes the middle);
-            ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``.
+        opt: ``dataroot_gt``; ``quality``: 1 .. 100, or [low, high] to draw from in training (the test takes the
+            middle); ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``.
 
     Raises:
         UserError: for a missing or empty folder, a wrong quality, an unreadable image or one smaller than the crop.
@@ -48,7 +48,7 @@ class JPEGDataset(Dataset):
             raise UserError(f"option datasets: {opt['name']}: quality {quality} is not within 1 .. 100")
         self.crop = option(opt, "gt_size") if self.train else None
         self.names = list_images(self.root, f"option datasets: {opt['name']}: dataroot_gt")
-        for name in self.names:
+        for name in some_of(self.names):
             size = image_size(os.path.join(self.root, name))
             if self.crop:
                 check_crop(size, self.crop, os.path.join(self.root, name))

@@ -1,4 +1,4 @@
-"""Training data as a function of the sample number: the same whatever the workers, the ranks, or the iteration resumed at."""
+"""Training data as a function of the sample number, whatever the workers, the ranks, or the iteration resumed at."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class EndlessSampler(Sampler):
     """Endless shuffled (index, sample number) pairs of one rank, starting anywhere.
 
     Sample number p, counted over all ranks from the start of the training, is entry p mod n of the permutation of epoch
-    p // n. The global batch of iteration i (from 0) holds the numbers i * B .. (i + 1) * B - 1, of which each rank takes
-    an equal run.
+    p // n. The global batch of iteration i (from 0) holds the numbers i * B .. (i + 1) * B - 1, of which each rank
+    takes an equal run.
 
     Args:
         size: images in the dataset, n.

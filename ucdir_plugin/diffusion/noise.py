@@ -1,7 +1,7 @@
 """Stateless randomness: every random number is a function of a key, never of what was drawn before.
 
-A key is (seed, image's relative path or sample number, draw, ...). So results do not depend on batch, tile, rank, worker
-or on being resumed.
+A key is (seed, image's relative path or sample number, draw, ...). So results do not depend on batch, tile, rank,
+worker or on being resumed.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class NoiseSchedule:
         return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
 
     def sample_level(self, generator: torch.Generator) -> float:
-        """Draw one continuous noise level: t uniform in 1 .. T, then uniform between its two levels (UCDIR training)."""
+        """Draw one continuous noise level: t uniform in 1 .. T, then uniform between its two levels."""
         t = int(torch.randint(1, len(self) + 1, (1,), generator=generator))
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
         return float(self.levels[t] + u * (self.levels[t - 1] - self.levels[t]))

@@ -18,7 +18,7 @@ class NoisePredictionLoss(nn.Module):
     Args:
         loss_weight: factor on the loss.
         criterion: 'l1' (UCDIR) or 'l2' (DDPM).
-        weighting: 'none' (both papers); 'min_snr': min(SNR, gamma) / SNR (Hang et al., ICCV 2023, for noise prediction);
+        weighting: 'none' (both papers); 'min_snr': min(SNR, gamma) / SNR (Hang et al., ICCV 2023, for predicted noise);
             'p2': 1 / (1 + SNR) ** gamma (Choi et al., CVPR 2022). SNR = level^2 / (1 - level^2).
         gamma: parameter of the weighting; common values are 5 for 'min_snr' and 1 for 'p2'.
     """

@@ -90,7 +90,7 @@ class UCDIRModel(SRModel):
     # Training
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take a batch: ``lq`` and, where known, ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` in training, ``key`` in test."""
+        """Take a batch: ``lq`` and perhaps ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` or, in test, ``key``."""
         self.lq = data["lq"].to(self.device, non_blocking=True)
         self.__dict__.pop("gt", None)
         if "gt" in data:
@@ -139,7 +139,7 @@ class UCDIRModel(SRModel):
         self.scaler.unscale_(self.optimizer_g)
         norm = torch.nn.utils.clip_grad_norm_(self.net_g.parameters(), train.get("grad_clip") or float("inf"))
         total = sum(losses.values())
-        # Gradients are the same on all ranks, and not finite where any rank's loss is not; fp16 overflows are the scaler's.
+        # Gradients are the same on all ranks, not finite where any rank's loss is not; fp16 overflows are the scaler's.
         good = bool(torch.isfinite(norm)) or (self.scaler.is_enabled() and bool(torch.isfinite(total)))
         if good:
             self.scaler.step(self.optimizer_g)
@@ -160,8 +160,8 @@ class UCDIRModel(SRModel):
         )
         if self.bad_steps_in_a_row >= self.opt["train"].get("max_bad_steps", 10):
             raise UserError(
-                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without a finite"
-                " loss; the last checkpoint is kept. Lower the learning rate, set train:grad_clip, or check the images"
+                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without a"
+                " finite loss; the last checkpoint is kept. Lower the learning rate, set train:grad_clip, or check the data"
             )
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class UCDIRModel(SRModel):
     # Sampling
 
     def sampling_schedule(self) -> NoiseSchedule:
-        """The schedule of ``val: sampling``: the training one respaced (the paper), or a new linear one (the release)."""
+        """The schedule of ``val: sampling``: the training one respaced (paper), or a new linear one (release)."""
         sampling = self.opt["val"]["sampling"]
         if sampling["spacing"] == "rescale":
             return NoiseSchedule.linear(sampling["steps"], self.opt["diffusion"]["start"], sampling["rescale_end"])

@@ -1,0 +1,140 @@
+"""Shared fixtures: small photographs, a tiny network, and the tools run as a user runs them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import skimage
+import torch
+import yaml
+
+import ucdir_plugin  # noqa: F401  (before any test module imports BasicSR)
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(__file__).parent / "reference"
+PHOTOS = Path(skimage.__file__).parent / "data"
+
+TINY_DENOISER = {
+    "type": "UCDIRDenoiser",
+    "inner_channel": 8,
+    "channel_mults": [1, 2],
+    "res_blocks": 1,
+    "attn_res": [],
+    "dropout": 0.0,
+}
+TINY_PREDICTOR = {"type": "SIDUNet", "width": 4, "levels": 2}
+
+TINY = {
+    "name": "tiny",
+    "model_type": "UCDIRModel",
+    "datasets": {
+        "train": {
+            "name": "train",
+            "type": "JPEGDataset",
+            "dataroot_gt": "photos",
+            "quality": [5, 30],
+            "gt_size": 16,
+            "use_hflip": True,
+            "use_rot": True,
+            "batch_size_per_gpu": 4,
+        },
+        "val": {"name": "val", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": 10},
+    },
+    "network_g": {"type": "UCDIR", "denoiser": TINY_DENOISER, "predictor": TINY_PREDICTOR},
+    "train": {
+        "total_iter": 4,
+        "diffusion_opt": {"type": "NoisePredictionLoss"},
+        "initial_opt": {"type": "L1Loss", "loss_weight": 0.5},
+        "optim_g": {"type": "AdamW", "lr": 1e-3},
+        "scheduler": {"type": "MultiStepLR", "milestones": [3], "gamma": 0.5},
+        "warmup_iter": 2,
+        "ema_decay": 0.9,
+        "ema_start": 1,
+        "grad_clip": 1.0,
+    },
+    "val": {
+        "val_freq": 100,
+        "sampling": {"steps": 2},
+        "metrics": {
+            "psnr": {"type": "calculate_psnr", "crop_border": 0},
+            "niqe": {"type": "calculate_niqe", "crop_border": 0, "better": "lower"},
+        },
+    },
+    "logger": {"print_freq": 1, "save_checkpoint_freq": 2},
+}
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """A deep copy of ``base`` with nested ``changes``; a value of None removes the key."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+class Workplace:
+    """A working directory with photographs and option files, and the tools."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "photos").mkdir()
+        for i, name in enumerate(("chelsea.png", "coffee.png", "astronaut.png")):
+            image = cv2.imread(str(PHOTOS / name))
+            cv2.imwrite(str(folder / "photos" / name), image[100 : 140 + 4 * i, 100:136])
+
+    def write(self, options: dict, name: str = "options.yml") -> str:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(options, sort_keys=False))
+        return str(path)
+
+    def start(self, tool: str, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *launcher, str(ROOT / "tools" / tool), *args]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, tool: str, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        process = self.start(tool, *args, launcher=launcher)
+        out, err = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _steady():
+    """Tests may draw from the global generators; each starts from the same state."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def reference(name: str) -> dict[str, Any]:
+    with np.load(REFERENCE / name) as file:
+        return {k: torch.from_numpy(file[k]) if file[k].dtype.kind == "f" else file[k] for k in file.files}
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2, one line on stderr with all the words, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"

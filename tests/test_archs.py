@@ -1,0 +1,138 @@
+"""Properties of the networks beyond parity: sizes, batches, ranges, nested architectures, AKGM's equation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_DENOISER, TINY_PREDICTOR
+
+from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
+from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.archs.ucdir_arch import adaptive_kernel_conv
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.registry import build_arch
+
+
+def fused_kernel_conv(x, weight, bias, mix):
+    """Eq. 2 written out: fuse the kernel bases at every position, then apply each position's own kernel."""
+    batch, channels, height, width = x.shape
+    bases = mix.shape[1]
+    group = channels // bases
+    kernels = weight.view(channels, bases, group, 9)
+    fused = torch.einsum("bnyx,cnik->bcikyx", mix, kernels)
+    fused_bias = torch.einsum("bnyx,cn->bcyx", mix, bias.view(channels, bases))
+    patches = F.unfold(x, 3, padding=1).view(batch, bases, group, 9, height, width)
+    patches = patches.repeat_interleave(group, 1)  # output channel c reads input group c // (C / N)
+    return (fused * patches).sum((2, 3)) + fused_bias
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (1, 8, 1, 1), (3, 24, 9, 4)])
+def test_akgm_is_equation_2(shape):
+    batch, channels, height, width = shape
+    bases = 8
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(channels * bases, channels // bases, 3, 3, requires_grad=True)
+    bias = torch.randn(channels * bases, requires_grad=True)
+    mix = torch.randn(batch, bases, height, width, requires_grad=True)
+    inputs = (x, weight, bias, mix)
+    expected, got = fused_kernel_conv(*inputs), adaptive_kernel_conv(*inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(adaptive_kernel_conv(*inputs), expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(expected, inputs, cotangent), torch.autograd.grad(got, inputs, cotangent)):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 31), (16, 16), (7, 50)])
+def test_any_size(size):
+    net = UCDIR(
+        denoiser={**TINY_DENOISER, "channel_mults": [1, 2, 2]}, predictor={**TINY_PREDICTOR, "levels": 3}
+    ).eval()
+    x = torch.randn(2, 3, *size)
+    eps, initial = net(x, x, torch.tensor([0.3, 0.9]), x)
+    assert eps.shape == initial.shape == x.shape
+    assert eps.isfinite().all()
+
+
+def test_padding():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    padded = pad_to_multiple(x, 4)
+    assert padded.shape[-2:] == (4, 4)
+    torch.testing.assert_close(padded[..., 3, :], x[..., 1, :])  # reflected
+    assert pad_to_multiple(padded, 4) is padded
+    assert pad_to_multiple(padded, 2, always=True).shape[-2:] == (6, 6)
+    assert pad_to_multiple(x, 32).shape[-2:] == (32, 32)
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch():
+    net = UCDIRDenoiser(**{k: v for k, v in TINY_DENOISER.items() if k != "type"}).eval()
+    x, level, guide = torch.randn(3, 6, 12, 12), torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 3, 12, 12)
+    together = net(x, level, guide)
+    for i in range(3):
+        one = net(x[i : i + 1], level[i : i + 1], guide[i : i + 1])
+        torch.testing.assert_close(one, together[i : i + 1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_level_and_guide_matter():
+    net = UCDIRDenoiser(**{k: v for k, v in TINY_DENOISER.items() if k != "type"}).eval()
+    x, level, guide = torch.randn(1, 6, 12, 12), torch.tensor([0.5]), torch.randn(1, 3, 12, 12)
+    base = net(x, level, guide)
+    assert (net(x, level * 0.5, guide) - base).abs().max() > 1e-4
+    assert (net(x, level, guide * 0) - base).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_the_denoiser_is_a_regression_network():
+    net = UCDIRDenoiser(
+        **{**{k: v for k, v in TINY_DENOISER.items() if k != "type"}, "in_channel": 3, "residual": True}
+    )
+    x = torch.rand(1, 3, 12, 12)
+    torch.testing.assert_close(net(x), x)  # starts from the identity
+    torch.nn.init.ones_(net.final_conv[3].weight)
+    torch.testing.assert_close(net(x), net(x, torch.ones(1), x))  # a clean image's level, its own guide
+
+
+@torch.no_grad()
+def test_any_basicsr_arch_can_predict():
+    predictor = {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "scale": 1, "num_feat": 4, "num_block": 1}
+    net = UCDIR(denoiser=TINY_DENOISER, predictor=predictor)
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    expected = net.predictor((x + 1) / 2) * 2 - 1  # BasicSR's networks work in [0, 1]
+    torch.testing.assert_close(net.predict(x), expected)
+
+
+def test_a_predictor_that_changes_the_size_is_named():
+    predictor = {"type": "SRVGGNetCompact", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "num_feat": 4, "num_conv": 1}
+    net = UCDIR(denoiser=TINY_DENOISER, predictor=predictor)
+    with pytest.raises(UserError, match="SRVGGNetCompact turns .* keeps the image size"):
+        net.predict(torch.zeros(1, 3, 16, 16))
+
+
+def test_predictor_range_is_converted():
+    class Identity(SIDUNet):
+        def forward(self, x):
+            self.seen = x
+            return x
+
+    net = UCDIR(denoiser=TINY_DENOISER, predictor=TINY_PREDICTOR, predictor_range=(0, 255))
+    net.predictor = Identity(levels=1, width=1)
+    x = torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3).expand(1, 3, 1, 3)
+    torch.testing.assert_close(net.predict(x), x)
+    torch.testing.assert_close(net.predictor.seen[0, 0, 0], torch.tensor([0.0, 127.5, 255.0]))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"width": 3}, "'type' .* is missing"),
+        ({"type": "SIDUnet"}, "there is no arch 'SIDUnet'; did you mean 'SIDUNet'"),
+        ({"type": "SIDUNet", "widht": 3}, "unexpected keyword argument 'widht'"),
+        ({"type": "UCDIRDenoiser", "inner_channel": 12}, "12 channels is no multiple of num_bases 8"),
+    ],
+)
+def test_wrong_configurations(cfg, message):
+    with pytest.raises(UserError, match=message):
+        build_arch(cfg)

@@ -1,0 +1,230 @@
+"""UCDIRModel: steps, averages, faults, sampling; and that it really restores."""
+
+import math
+
+import pytest
+import torch
+from basicsr.models import build_model
+from conftest import TINY, merged
+
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.models.ucdir_model import training_noise
+from ucdir_plugin.options import check_options
+
+
+def make(changes=None, is_train=True, **path):
+    opt = check_options(merged(TINY, changes or {}), True)
+    opt.update(dist=False, rank=0, world_size=1, num_gpu=0, is_train=is_train)
+    opt["path"].update(path)
+    torch.manual_seed(0)
+    return build_model(opt)
+
+
+def batch(count=4, size=16, first=0):
+    torch.manual_seed(1)
+    gt = torch.rand(count, 3, size, size)
+    return {"lq": (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1), "gt": gt, "sample_number": torch.arange(count) + first}
+
+
+def step(model, iteration, data):
+    model.update_learning_rate(iteration, warmup_iter=-1)
+    model.feed_data(data)
+    model.optimize_parameters(iteration)
+
+
+def weights_of(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_each_image_has_its_own_level_and_noise():
+    schedule = make().schedule
+    levels, noise = training_noise(schedule, [0, 1, 2], (3, 4, 4), seed=0)
+    assert len(set(levels.tolist())) == 3
+    again, noise_again = training_noise(schedule, [2], (3, 4, 4), seed=0)
+    assert again[0] == levels[2]
+    torch.testing.assert_close(noise_again[0], noise[2], rtol=0, atol=0)
+
+
+def test_both_networks_learn_from_the_noise_loss_alone():
+    model = make({"train": {"initial_opt": None, "ema_decay": 0.0, "grad_clip": None}})
+    step(model, 1, batch())
+    for part in (model.net_g.predictor, model.net_g.denoise_fn):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_ema_copies_then_averages():
+    model = make({"train": {"ema_start": 2, "ema_decay": 0.9}})
+    for iteration in (1, 2):
+        step(model, iteration, batch(first=4 * iteration))
+        torch.testing.assert_close(weights_of(model.net_g_ema), weights_of(model.net_g), rtol=0, atol=0)
+    before = weights_of(model.net_g_ema)
+    step(model, 3, batch(first=12))
+    decay = 2 / 11  # (1 + n) / (10 + n) at the first update, below 0.9
+    expected = decay * before + (1 - decay) * weights_of(model.net_g)
+    torch.testing.assert_close(weights_of(model.net_g_ema), expected)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_accumulation_equals_the_whole_batch(parts):
+    gradients = []
+    for accumulate in (1, parts):
+        model = make({"train": {"accumulate": accumulate, "grad_clip": None, "optim_g": {"type": "SGD", "lr": 0.0}}})
+        step(model, 1, batch())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.net_g.parameters()]))
+        log = model.get_current_log()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6 * float(gradients[0].norm()))
+    assert log["l_eps"] > 0
+
+
+def test_gradient_clipping():
+    model = make({"train": {"grad_clip": 1e-3}})
+    step(model, 1, batch())
+    norm = torch.stack([p.grad.norm() for p in model.net_g.parameters()]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_loss_is_logged_by_noise_level():
+    model = make()
+    data = batch(count=64, size=8)
+    step(model, 1, data)
+    log = model.get_current_log()
+    levels, _ = training_noise(model.schedule, list(range(64)), (3, 8, 8), 0)
+    counts = [int(((levels * 4).long().clamp(max=3) == i).sum()) for i in range(4)]
+    assert all(count > 0 for count in counts)
+    bands = [log[f"l_eps_band{i}"] for i in range(4)]
+    mean = sum(c * b for c, b in zip(counts, bands)) / 64
+    assert log["l_eps"] == pytest.approx(mean, rel=1e-5)
+    assert model.get_current_log() == {}  # averaged since the last call
+
+
+def test_bf16_steps_stay_close():
+    losses = []
+    for amp in (None, "bf16"):
+        model = make({"train": {"amp": amp}})
+        step(model, 1, batch())
+        losses.append(model.get_current_log()["l_eps"])
+        assert weights_of(model.net_g).dtype == torch.float32
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
+def test_fp16_needs_cuda():
+    with pytest.raises(UserError, match="amp: fp16 needs a CUDA device"):
+        make({"train": {"amp": "fp16"}})
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_ten_stop():
+    model = make()
+    step(model, 1, batch())
+    before, average = weights_of(model.net_g), weights_of(model.net_g_ema)
+    moments = {k: v["exp_avg"].clone() for k, v in model.optimizer_g.state_dict()["state"].items()}
+    bad = batch()
+    bad["gt"][0, 0, 0, 0] = math.nan
+    for i in range(9):
+        step(model, 2 + i, bad)
+    torch.testing.assert_close(weights_of(model.net_g), before, rtol=0, atol=0)
+    torch.testing.assert_close(weights_of(model.net_g_ema), average, rtol=0, atol=0)
+    for k, v in model.optimizer_g.state_dict()["state"].items():
+        torch.testing.assert_close(v["exp_avg"], moments[k], rtol=0, atol=0)
+    assert model.bad_steps == 9
+    step(model, 11, batch())  # a good one between starts the count anew
+    assert model.bad_steps_in_a_row == 0
+    bad["gt"][0, 0, 0, 0] = math.inf
+    for i in range(9):
+        step(model, 12 + i, bad)
+    with pytest.raises(UserError, match=r"stopped at iteration 21: 10 steps in a row .* last checkpoint is kept"):
+        step(model, 21, bad)
+
+
+def test_restored_images_depend_on_their_key_alone():
+    model = make(is_train=False)
+    data = batch(count=3)
+    del data["sample_number"]
+
+    def restore(indices, keys):
+        model.feed_data({**{k: v[indices] for k, v in data.items()}, "key": keys})
+        model.test()
+        return model.output.clone()
+
+    together = restore([0, 1, 2], ["a", "b", "c"])
+    torch.rand(7)
+    for i, key in enumerate("abc"):
+        torch.testing.assert_close(restore([i], [key])[0], together[i], rtol=1e-4, atol=1e-5)
+    assert (restore([0], ["b"])[0] - together[0]).abs().max() > 1e-3
+
+
+def test_result_is_prediction_plus_residual_and_border_is_cut():
+    for border in (0, 5, 40):
+        model = make({"val": {"sampling": {"border": border, "steps": 3}}}, is_train=False)
+        model.feed_data({**batch(count=1), "key": ["a"]})
+        model.test()
+        visuals = model.get_current_visuals()
+        assert visuals["result"].shape == visuals["initial"].shape == visuals["lq"].shape
+        residual = (visuals["result"] - visuals["initial"]) * 2  # in [-1, 1]
+        assert 0 < residual.abs().max() <= 1 + 1e-5
+
+
+def test_rescaled_schedule():
+    model = make({"val": {"sampling": {"spacing": "rescale", "steps": 200, "rescale_end": 0.1}}})
+    schedule = model.sampling_schedule()
+    assert len(schedule) == 200
+    assert schedule.betas[0] == pytest.approx(1e-6)
+    assert schedule.betas[-1] == pytest.approx(0.1)
+
+
+OVERFIT = {
+    "network_g": {
+        "denoiser": {"inner_channel": 16, "channel_mults": [1, 2]},
+        "predictor": {"width": 8, "levels": 2, "residual": True},
+    },
+    "train": {
+        "optim_g": {"lr": 1e-2}, "ema_decay": 0.95, "ema_start": 0,
+        "scheduler": {"type": "CosineAnnealingRestartLR", "milestones": None, "gamma": None, "periods": [500]},
+    },
+    "val": {"sampling": {"steps": 50}},
+}  # fmt: skip
+
+
+def test_overfitting_one_pair_restores_it(monkeypatch):
+    """At least 5 dB above the input; worse without the guide, and with the noise levels shuffled."""
+    import cv2
+    from basicsr.utils import img2tensor
+    from conftest import PHOTOS
+
+    from ucdir_plugin.data.jpeg_dataset import jpeg
+
+    gt = cv2.imread(str(PHOTOS / "coffee.png"))[128:144, 308:324].astype("float32") / 255
+    lq, gt = (img2tensor(image).unsqueeze(0) for image in (jpeg(gt, 5), gt))
+    model = make(OVERFIT)
+    for iteration in range(1, 501):
+        first = 8 * iteration
+        data = {"lq": lq.expand(8, -1, -1, -1), "gt": gt.expand(8, -1, -1, -1)}
+        step(model, iteration, {**data, "sample_number": torch.arange(first, first + 8)})
+
+    def psnr(image):
+        return float(-10 * torch.log10((image.clamp(0, 1) - gt).square().mean()))
+
+    def restored():
+        model.feed_data({"lq": lq, "key": ["pair"]})
+        model.test()
+        return psnr(model.output)
+
+    right = restored()
+    assert right >= psnr(lq) + 5, f"restored {right:.2f} dB, input {psnr(lq):.2f} dB"
+    denoiser = model.net_g_ema.denoise_fn
+    forward = denoiser.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(denoiser, "forward", lambda x, level, guide: forward(x, level, torch.zeros_like(guide)))
+        no_guide = restored()
+    levels = model.sampling_schedule().levels[1:]
+    shuffled = dict(zip(levels.tolist(), levels[torch.randperm(50).numpy()].tolist()))
+    with monkeypatch.context() as patch:
+
+        def wrong_level(x, level, guide):
+            nearest = min(shuffled, key=lambda v: abs(v - float(level[0])))
+            return forward(x, torch.full_like(level, shuffled[nearest]), guide)
+
+        patch.setattr(denoiser, "forward", wrong_level)
+        wrong = restored()
+    assert no_guide < right - 1, f"{no_guide:.2f} dB without the guide, {right:.2f} with it"
+    assert wrong < right - 1, f"{wrong:.2f} dB with shuffled levels, {right:.2f} with the right ones"

@@ -1,0 +1,144 @@
+"""Option files: safe, overridable, checked with one line per fault."""
+
+import pytest
+from conftest import TINY, merged
+
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.options import apply_overrides, check_options, load_options, read_yaml
+
+
+def test_numbers_of_yaml_1_2():
+    values = read_yaml("{a: 1e-4, b: 1.0e-4, c: -2E3, d: 1, e: yes, f: 1e, g: .5}", "x")
+    assert values == {"a": 1e-4, "b": 1e-4, "c": -2000.0, "d": 1, "e": True, "f": "1e", "g": 0.5}
+
+
+def test_overrides_are_yaml_and_may_create_levels():
+    opt = {"train": {"optim_g": {"lr": 1.0}}, "path": None}
+    apply_overrides(opt, ["train:optim_g:lr=1e-4", "path:resume_state=a=b.state", "new:list=[1, 2]", "flag=~"])
+    assert opt == {
+        "train": {"optim_g": {"lr": 1e-4}},
+        "path": {"resume_state": "a=b.state"},
+        "new": {"list": [1, 2]},
+        "flag": None,
+    }
+
+
+@pytest.mark.parametrize("entry", ["train", "train:=3", "train:optim_g:lr:deep=1"])
+def test_wrong_overrides(entry):
+    with pytest.raises(UserError, match="--force_yml"):
+        apply_overrides({"train": {"optim_g": {"lr": 1.0}}}, [entry])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: !!python/object/apply:os.system ['touch HERE']",
+        "!!python/object/new:os.system ['touch HERE']",
+        "a: !!python/name:os.system",
+    ],
+)
+def test_python_tags_are_refused(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostile.yml").write_text(text)
+    with pytest.raises(UserError, match=r"hostile.yml, line 1: .*tags are refused"):
+        load_options("hostile.yml")
+    with pytest.raises(UserError, match="tags are refused"):
+        apply_overrides({}, [f"a={text.split(' ', 1)[-1]}"] if text.startswith(("name", "a:")) else [f"a={text}"])
+    assert not (tmp_path / "HERE").exists()
+
+
+def test_defaults_are_filled_in():
+    opt = check_options(TINY, True)
+    assert opt["manual_seed"] == 0
+    assert opt["datasets"]["val"]["io_backend"] == {"type": "disk"}
+    assert opt["val"]["sampling"] == {
+        "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "clip_x0": True, "border": 0,
+    }  # fmt: skip
+    assert opt["diffusion"]["timesteps"] == 2000
+    assert opt["train"]["optim_g"]["lr"] == 1e-3
+
+
+FAULTS = [
+    ({"trian": {}}, "unknown option trian; did you mean 'train'"),
+    ({"train": {"ema_deacy": 0.9}}, "unknown option train:ema_deacy; did you mean 'ema_decay'"),
+    ({"val": {"sampling": {"step": 3}}}, "unknown option val:sampling:step; did you mean 'steps'"),
+    ({"val": {"sampling": {"steps": 2.5}}}, "option val:sampling:steps: .*integer.*got 2.5"),
+    ({"val": {"sampling": {"steps": 0}}}, "option val:sampling:steps: .*greater than 0, got 0"),
+    ({"val": {"sampling": {"steps": 3000}}}, "option val:sampling:steps: 3000 is more than the schedule's 2000"),
+    ({"val": {"sampling": {"sampler": "ddmp"}}}, "option val:sampling:sampler: .*'ddpm', got 'ddmp'"),
+    ({"val": {"metrics": {"psnr": {"type": "calculate_psnrr"}}}}, "no metric 'calculate_psnrr'; did you mean"),
+    ({"val": {"metrics": {"psnr": {"crop_broder": 0}}}}, "unknown option val:metrics:psnr:crop_broder; .*'crop_border'"),
+    ({"train": {"total_iter": "many"}}, "option train:total_iter: .*integer, got 'many'"),
+    ({"train": {"optim_g": {"type": "Adamw"}}}, "train:optim_g:type: there is no 'Adamw'; did you mean .*'AdamW'"),
+    ({"train": {"optim_g": {"weight_deccay": 1}}}, "train:optim_g:weight_deccay for AdamW; did you mean 'weight_decay'"),
+    ({"train": {"scheduler": {"type": "Cosine"}}}, "train:scheduler:type: there is no 'Cosine'"),
+    ({"train": {"diffusion_opt": {"type": "NoiseLoss"}}}, "there is no loss 'NoiseLoss'"),
+    ({"train": {"diffusion_opt": {"criterion": "l3"}}}, "option train:diffusion_opt:criterion: .*got 'l3'"),
+    ({"train": {"diffusion_opt": None}}, "option train:diffusion_opt is missing"),
+    ({"train": None}, "option train is missing"),
+    ({"model_type": "UCDIR_Model"}, "there is no model 'UCDIR_Model'; did you mean 'UCDIRModel'"),
+    ({"network_g": {"type": "UCDR"}}, "option network_g:type: there is no arch 'UCDR'; did you mean 'UCDIR'"),
+    ({"network_g": {"denoiser": {"inner_chanel": 8}}}, "network_g:denoiser:inner_chanel for UCDIRDenoiser; did you mean"),
+    ({"network_g": {"denoiser": {"inner_channel": "8"}}}, "network_g:denoiser:inner_channel: .*integer, got '8'"),
+    ({"network_g": {"denoiser": {"channel_mults": [1, 2.5]}}}, "network_g:denoiser:channel_mults: .*integer"),
+    ({"network_g": {"predictor": {"type": "EDSR", "num_fet": 3, "width": None, "levels": None}}}, "network_g:predictor:num_fet for EDSR; .*'num_feat'"),
+    ({"network_g": {"predictor": None}}, "option network_g:predictor is missing"),
+    ({"datasets": {"train": {"gt_sise": 3}}}, "unknown option datasets:train:gt_sise; did you mean 'gt_size'"),
+    ({"datasets": {"train": {"type": "JPEG"}}}, "option datasets:train:type: there is no dataset 'JPEG'"),
+    ({"datasets": {"trian": {"name": "a", "type": "JPEGDataset"}}}, "datasets:trian: the phases are train, val"),
+    ({"datasets": {"train": {"batch_size_per_gpu": 0}}}, "datasets:train:batch_size_per_gpu: .*greater than 0"),
+    ({"datasets": {"train": None}}, "option datasets:train is missing"),
+    ({"manual_seed": 1.5}, "option manual_seed: .*integer"),
+    ({"name": "../elsewhere"}, "option name: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=[m[:40] for _, m in FAULTS])
+def test_faults_are_named(change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_options(merged(TINY, change), True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", "no valid YAML"),
+        ("- a\n- b", "a mapping of options is expected"),
+        ("", "a mapping of options is expected"),
+        ("name: a\nname: b", "line 2: the key 'name' is given twice"),
+    ],
+)
+def test_broken_files(text, message, tmp_path):
+    path = tmp_path / "broken.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_options(str(path))
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load_options(str(tmp_path / "none.yml"))
+    (tmp_path / "image.yml").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="it is no text"):
+        load_options(str(tmp_path / "image.yml"))
+
+
+def test_foreign_models_keep_their_own_options():
+    foreign = merged(
+        TINY,
+        {
+            "model_type": "SRGANModel",
+            "network_g": None,
+            "network_d": {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 4},
+            "train": {"diffusion_opt": None, "initial_opt": None, "optim_d": {"type": "Adam"}, "net_d_iters": 1},
+            "path": {"pretrain_network_d": "d.pth"},
+        },
+    )
+    foreign["network_g"] = {"type": "MSRResNet", "num_in_ch": 3, "num_out_ch": 3, "upscale": 1}
+    opt = check_options(foreign, True)
+    assert opt["train"]["net_d_iters"] == 1
+    assert opt["path"]["pretrain_network_d"] == "d.pth"
+    assert "diffusion" not in opt
+    with pytest.raises(UserError, match="option train:total_iter"):
+        check_options(merged(foreign, {"train": {"total_iter": 2.5}}), True)
