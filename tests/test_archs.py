@@ -1,46 +1,13 @@
-"""Properties of the networks beyond parity: sizes, batches, ranges, nested architectures, AKGM's equation."""
+"""Properties of the networks beyond parity: sizes, batches, ranges, nested architectures."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY_DENOISER, TINY_PREDICTOR
 
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.archs.ucdir_arch import adaptive_kernel_conv
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch
-
-
-def fused_kernel_conv(x, weight, bias, mix):
-    """Eq. 2 written out: fuse the kernel bases at every position, then apply each position's own kernel."""
-    batch, channels, height, width = x.shape
-    bases = mix.shape[1]
-    group = channels // bases
-    kernels = weight.view(channels, bases, group, 9)
-    fused = torch.einsum("bnyx,cnik->bcikyx", mix, kernels)
-    fused_bias = torch.einsum("bnyx,cn->bcyx", mix, bias.view(channels, bases))
-    patches = F.unfold(x, 3, padding=1).view(batch, bases, group, 9, height, width)
-    patches = patches.repeat_interleave(group, 1)  # output channel c reads input group c // (C / N)
-    return (fused * patches).sum((2, 3)) + fused_bias
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (1, 8, 1, 1), (3, 24, 9, 4)])
-def test_akgm_is_equation_2(shape):
-    batch, channels, height, width = shape
-    bases = 8
-    x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(channels * bases, channels // bases, 3, 3, requires_grad=True)
-    bias = torch.randn(channels * bases, requires_grad=True)
-    mix = torch.randn(batch, bases, height, width, requires_grad=True)
-    inputs = (x, weight, bias, mix)
-    expected, got = fused_kernel_conv(*inputs), adaptive_kernel_conv(*inputs)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(adaptive_kernel_conv(*inputs), expected, rtol=1e-5, atol=1e-5)
-    cotangent = torch.randn_like(expected)
-    for a, b in zip(torch.autograd.grad(expected, inputs, cotangent), torch.autograd.grad(got, inputs, cotangent)):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

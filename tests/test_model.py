@@ -175,11 +175,11 @@ def test_rescaled_schedule():
 OVERFIT = {
     "network_g": {
         "denoiser": {"inner_channel": 16, "channel_mults": [1, 2]},
-        "predictor": {"width": 8, "levels": 2, "residual": True},
+        "predictor": {"width": 2, "levels": 1, "residual": True},
     },
     "train": {
         "optim_g": {"lr": 1e-2}, "ema_decay": 0.95, "ema_start": 0,
-        "scheduler": {"type": "CosineAnnealingRestartLR", "milestones": None, "gamma": None, "periods": [500]},
+        "scheduler": {"type": "CosineAnnealingRestartLR", "milestones": None, "gamma": None, "periods": [400]},
     },
     "val": {"sampling": {"steps": 50}},
 }  # fmt: skip
@@ -196,7 +196,7 @@ def test_overfitting_one_pair_restores_it(monkeypatch):
     gt = cv2.imread(str(PHOTOS / "coffee.png"))[128:144, 308:324].astype("float32") / 255
     lq, gt = (img2tensor(image).unsqueeze(0) for image in (jpeg(gt, 5), gt))
     model = make(OVERFIT)
-    for iteration in range(1, 501):
+    for iteration in range(1, 401):
         first = 8 * iteration
         data = {"lq": lq.expand(8, -1, -1, -1), "gt": gt.expand(8, -1, -1, -1)}
         step(model, iteration, {**data, "sample_number": torch.arange(first, first + 8)})

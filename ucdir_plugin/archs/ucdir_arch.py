@@ -12,39 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ucdir_plugin.archs.akgm import adaptive_kernel_conv
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.diffusion.schedule import diffuse
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch, register
-
-
-def adaptive_kernel_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """3x3 convolution whose kernel is, at every position, a mix of N grouped kernel bases (paper, eq. 2).
-
-    y[c] = sum_n mix[n] * (bias[c, n] + weight[c, n] * x[input group of c]), with N groups of C / N channels.
-
-    One group at a time, so that C channels are held at once and never C * N. The arithmetic is that of a plain
-    3x3 convolution C -> C.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C * N, C / N, 3, 3), row c * N + n for output channel c and basis n.
-        bias: (C * N,).
-        mix: (B, N, H, W), the multi-source fusion weights M.
-
-    Returns:
-        (B, C, H, W).
-    """
-    bases = mix.shape[1]
-    batch, channels, height, width = x.shape
-    per_group = channels // bases
-    mix = mix.unsqueeze(1)
-    in_place = not torch.is_grad_enabled()
-    groups = []
-    for xg, wg, bg in zip(x.split(per_group, 1), weight.chunk(bases), bias.chunk(bases)):
-        z = F.conv2d(xg, wg, bg, padding=1).view(batch, per_group, bases, height, width)
-        groups.append((z.mul_(mix) if in_place else z * mix).sum(2))
-    return torch.cat(groups, 1)
 
 
 class NoiseLevelEncoding(nn.Module):
@@ -123,7 +95,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, 3, 1, c, h * w).transpose(-1, -2).unbind(1)
+        # Without the copy, torch leaves its memory-saving kernel for one that holds all (H W)^2 weights.
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, 1, c, h * w).transpose(-1, -2).contiguous().unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
 

@@ -160,8 +160,8 @@ class UCDIRModel(SRModel):
         )
         if self.bad_steps_in_a_row >= self.opt["train"].get("max_bad_steps", 10):
             raise UserError(
-                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without a"
-                " finite loss; the last checkpoint is kept. Lower the learning rate, set train:grad_clip, or check the data"
+                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without"
+                " a finite loss; the last checkpoint is kept. Lower the learning rate, set grad_clip, or check the data"
             )
 
     @torch.no_grad()
