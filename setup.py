@@ -26,6 +26,7 @@ setup(
         "numpy>=1.22",
         "opencv-python>=4.7",
         "scikit-image>=0.19",
+        "scipy<2",  # BasicSR imports scipy.ndimage.filters
         "pillow>=9.1",
         "pydantic>=2.5",
         "pyyaml>=6.0",

@@ -104,6 +104,18 @@ def test_pairs_equal_basicsrs_dataset(pairs):
     assert [sample["key"] for sample in ours] == ["0.png", "1.png", "2.png"]
 
 
+def test_images_alone_in_a_test(pairs):
+    folder, options = pairs
+    alone = {k: v for k, v in options.items() if k != "dataroot_gt"}
+    samples = list(build_dataset({**alone, "phase": "val"}))
+    assert [sorted(s) for s in samples] == [["key", "lq", "lq_path"]] * 3
+    with pytest.raises(UserError, match="dataroot_gt is missing"):
+        build_dataset(alone)
+    (folder / "lq" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1.png is empty"):
+        build_dataset({**alone, "phase": "val"})
+
+
 def test_crops_and_flips_stay_paired(pairs):
     _, options = pairs
     dataset = KeyedDataset(build_dataset(options), 0)

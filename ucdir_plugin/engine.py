@@ -172,7 +172,8 @@ def train(args: argparse.Namespace) -> int:
     copy_opt_file(args.opt, opt["path"]["experiments_root"])
     logger = start_log(opt, "train")
     tb_logger = init_tb_loggers(opt)
-    model.print_network(model.net_g)
+    if hasattr(model, "net_g"):
+        model.print_network(model.net_g)
 
     data_opt = opt["datasets"]["train"]
     batch = data_opt["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
@@ -247,7 +248,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def find_weights(opt: dict) -> None:
-    """Point ``path: pretrain_network_g`` at what this option file trained, where no other weights are named.
+    """Point ``path: pretrain_network_g`` at the last thing this option file trained, where no weights are named.
 
     Raises:
         UserError: if there are none.
@@ -256,10 +257,7 @@ def find_weights(opt: dict) -> None:
     if path.get("pretrain_network_g"):
         return
     models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
-    latest = os.path.join(models, "net_g_latest.pth")
-    numbered = [f for f in glob.glob(os.path.join(models, "net_g_*.pth")) if f.rsplit("_", 1)[1][:-4].isdigit()]
-    newest = max(numbered, key=lambda f: int(f.rsplit("_", 1)[1][:-4]), default=None)
-    found = latest if os.path.isfile(latest) else newest
+    found = max(glob.glob(os.path.join(glob.escape(models), "net_g_*.pth")), key=os.path.getmtime, default=None)
     if found is None:
         raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
     path.update(pretrain_network_g=found, param_key_g="params_ema")

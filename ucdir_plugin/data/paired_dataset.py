@@ -56,14 +56,14 @@ def to_sample(images: dict[str, np.ndarray], paths: dict[str, str], key: str) ->
 
 @register("dataset")
 class PairedRestorationDataset(Dataset):
-    """Pairs of images of one size, from two folders (with subfolders), a list, or LMDBs.
+    """Pairs of images of one size, from two folders (with subfolders), a list, or LMDBs; in a test also images alone.
 
     BasicSR's ``PairedImageDataset`` with the same options and samples, which besides reads 16 bits at full precision,
     sorts the pairs, accepts a different extension within a pair, and checks names and sizes when it is built.
 
     Args:
-        opt: ``dataroot_gt``, ``dataroot_lq``; ``meta_info_file`` (names below dataroot_gt, one a line);
-            ``filename_tmpl`` (of the degraded image's name, default '{}'); ``io_backend`` (disk or lmdb);
+        opt: ``dataroot_lq``, ``dataroot_gt`` (may be left out in a test); ``meta_info_file`` (names below dataroot_gt,
+            one a line); ``filename_tmpl`` (of the degraded image's name, default '{}'); ``io_backend`` (disk or lmdb);
             ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``.
 
     Raises:
@@ -73,11 +73,17 @@ class PairedRestorationDataset(Dataset):
     def __init__(self, opt: dict):
         self.opt = opt
         self.train = opt["phase"] == "train"
-        gt, lq = (option(opt, f"dataroot_{kind}") for kind in ("gt", "lq"))
+        lq = option(opt, "dataroot_lq")
+        gt = option(opt, "dataroot_gt") if self.train else opt.get("dataroot_gt")
         self.crop = option(opt, "gt_size") if self.train else None
         self.client: FileClient | None = None
         self.backend = dict(opt["io_backend"])
-        if self.backend["type"] == "lmdb":
+        if gt is None:
+            names = list_images(lq, f"option datasets: {opt['name']}: dataroot_lq")
+            self.pairs = [(name, os.path.join(lq, name), None) for name in names]
+            for _, lq_path, _ in some_of(self.pairs):
+                image_size(lq_path)
+        elif self.backend["type"] == "lmdb":
             self.backend.update(db_paths=[lq, gt], client_keys=["lq", "gt"])
             try:
                 pairs = paired_paths_from_lmdb([lq, gt], ["lq", "gt"])
@@ -94,7 +100,7 @@ class PairedRestorationDataset(Dataset):
                 if self.crop:
                     check_crop(sizes[1], self.crop, gt_path)
 
-    def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str]]:
+    def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
         what = f"option datasets: {self.opt['name']}: dataroot_"
         degraded: dict[str, str] = {}
@@ -138,6 +144,8 @@ class PairedRestorationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         key, lq_path, gt_path = self.pairs[index]
+        if gt_path is None:
+            return to_sample({"lq": self._read(lq_path, "lq")}, {"lq": lq_path}, key)
         lq, gt = self._read(lq_path, "lq"), self._read(gt_path, "gt")
         if lq.shape != gt.shape:
             raise UserError(f"the pair {lq_path} {lq.shape[1::-1]} and {gt_path} {gt.shape[1::-1]} differs in size")
