@@ -124,6 +124,62 @@ def test_missing_and_binary_files(tmp_path):
         load_options(str(tmp_path / "image.yml"))
 
 
+def test_an_option_file_of_basicsr(tmp_path):
+    """The habits of BasicSR's own files: !!float counts, empty sections and values, keys that only it knows."""
+    text = """
+name: MSRResNet
+model_type: SRModel
+scale: 4
+num_gpu: 0  # cpu
+manual_seed: ~
+datasets:
+  train:
+    name: DIV2K
+    type: PairedImageDataset
+    dataroot_gt: gt
+    dataroot_lq: lq
+    meta_info_file: ~
+    filename_tmpl: '{}x4'
+    io_backend: {type: disk}
+    gt_size: 128
+    use_hflip: true
+    use_rot: true
+    use_shuffle: true
+    num_worker_per_gpu: 6
+    batch_size_per_gpu: 16
+    dataset_enlarge_ratio: 100
+    prefetch_mode: ~
+network_g: {type: MSRResNet, num_in_ch: 3, num_out_ch: 3, num_feat: 64, num_block: 16, upscale: 4}
+path: ~
+train:
+  ema_decay: 0.999
+  optim_g: {type: Adam, lr: !!float 2e-4, weight_decay: 0, betas: [0.9, 0.99]}
+  scheduler: {type: CosineAnnealingRestartLR, periods: [250000], restart_weights: [1], eta_min: !!float 1e-7}
+  total_iter: !!float 1e6
+  warmup_iter: -1
+  pixel_opt: {type: L1Loss, loss_weight: 1.0, reduction: mean}
+val:
+  val_freq: !!float 5e3
+  save_img: false
+  metrics:
+    psnr: {type: calculate_psnr, crop_border: 4, test_y_channel: false, better: higher}
+logger:
+  print_freq: 100
+  save_checkpoint_freq: !!float 5e3
+  use_tb_logger: true
+  wandb: {project: ~, resume_id: ~}
+dist_params: {backend: nccl, port: 29500}
+"""
+    (tmp_path / "basicsr.yml").write_text(text)
+    opt = load_options(str(tmp_path / "basicsr.yml"))
+    assert opt["train"]["total_iter"] == 10**6
+    assert isinstance(opt["val"]["val_freq"], int)
+    assert opt["datasets"]["train"]["use_shuffle"] is True
+    assert "meta_info_file" not in opt["datasets"]["train"]
+    assert opt["manual_seed"] == 0
+    assert opt["path"]["pretrain_network_g"] is None
+
+
 def test_foreign_models_keep_their_own_options():
     foreign = merged(
         TINY,

@@ -12,10 +12,10 @@ import json
 import os
 import re
 import typing
-from typing import Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ucdir_plugin import registry
 from ucdir_plugin.errors import UserError, did_you_mean
@@ -88,6 +88,16 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _whole(value: Any) -> Any:
+    """5e3 stands for 5000, as BasicSR's own option files have it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NotNegativeInt = Annotated[Int, Field(ge=0)]
+
+
 class ScheduleOptions(_Schema):
     """Training noise schedule."""
 
@@ -105,7 +115,7 @@ class SamplingOptions(_Schema):
     spacing: Literal["respace", "rescale"] = "respace"
     rescale_end: float = Field(0.1, gt=0, lt=1)
     clip_x0: bool = True
-    border: int = Field(0, ge=0)
+    border: NotNegativeInt = 0
 
 
 class _Typed(_Schema):
@@ -141,11 +151,11 @@ class LoggerOptions(_Schema):
 
 class TrainOptions(_Schema):
     total_iter: PositiveInt
-    warmup_iter: int = -1
+    warmup_iter: Int = -1
     optim_g: _Typed
     scheduler: Optional[_Typed] = None
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    ema_start: int = Field(0, ge=0)
+    ema_start: NotNegativeInt = 0
     diffusion_opt: Optional[_Typed] = None
     initial_opt: Optional[_Typed] = None
     grad_clip: Optional[float] = Field(None, gt=0)
@@ -171,7 +181,7 @@ class DatasetOptions(_Schema):
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
     quality: Union[int, Tuple[int, int], None] = None
-    num_worker_per_gpu: int = Field(0, ge=0)
+    num_worker_per_gpu: NotNegativeInt = 0
     batch_size_per_gpu: PositiveInt = 1
     dataset_enlarge_ratio: PositiveInt = 1
     prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
@@ -184,8 +194,8 @@ class Options(_Schema):
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     model_type: str
     scale: PositiveInt = 1
-    num_gpu: Union[Literal["auto"], int] = "auto"
-    manual_seed: Optional[int] = 0
+    num_gpu: Union[Literal["auto"], NotNegativeInt] = "auto"
+    manual_seed: Optional[Int] = 0
     datasets: Dict[str, DatasetOptions] = Field(min_length=1)
     network_g: _Typed
     path: PathOptions = PathOptions()
@@ -197,8 +207,8 @@ class Options(_Schema):
     find_unused_parameters: bool = False
 
 
-# Datasets whose keys are all in DatasetOptions; others are passed on unchecked.
-_KNOWN_DATASETS = {"PairedImageDataset", "SingleImageDataset", "PairedRestorationDataset", "JPEGDataset"}
+# Datasets whose keys are all in DatasetOptions; others may have more.
+_KNOWN_DATASETS = {"PairedRestorationDataset", "JPEGDataset"}
 _KNOWN_MODELS = {"UCDIRModel"}
 
 
@@ -319,14 +329,12 @@ def _check_train(train: Mapping[str, Any], own_model: bool) -> None:
         raise UserError("option train:scheduler is missing")
 
 
-def _merge(defaults: dict, given: Mapping) -> dict:
-    """Defaults where nothing is given; what is given stays as it is."""
-    merged = dict(defaults)
-    for key, value in given.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        elif value is not None or key not in merged:
-            merged[key] = value
+def _merge(given: Mapping, checked: Mapping) -> dict:
+    """The checked values and defaults, and beside them what a foreign model or dataset has of its own."""
+    merged = dict(given)
+    for key, value in checked.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
@@ -338,10 +346,11 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a mapping of options is expected")
+    raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
     own_model = raw.get("model_type") in _KNOWN_MODELS
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:
-        defaults = Options.model_validate_json(_to_json(raw, where)).model_dump()
+        checked = Options.model_validate_json(_to_json(raw, where)).model_dump()
     except ValidationError as err:
 
         def foreign(error: dict) -> bool:
@@ -358,8 +367,10 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         if faults:
             raise UserError(f"{where}: {_explain(faults[0])}") from err
         known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
-        defaults = Options.model_validate_json(_to_json(known, where)).model_dump()
-    opt = _merge(defaults, raw)
+        checked = Options.model_validate_json(_to_json(known, where)).model_dump()
+    opt = _merge(raw, checked)
+    if opt["manual_seed"] is None:
+        opt["manual_seed"] = 0
     # BasicSR's datasets ask whether a key is there at all.
     opt["datasets"] = {p: {k: v for k, v in d.items() if v is not None} for p, d in opt["datasets"].items()}
     try:
