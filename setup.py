@@ -29,6 +29,7 @@ setup(
         "scipy<2",  # BasicSR imports scipy.ndimage.filters
         "pillow>=9.1",
         "pydantic>=2.5",
+        "safetensors>=0.4",
         "pyyaml>=6.0",
         "addict>=2.4",
         "tqdm>=4.60",

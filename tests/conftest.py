@@ -104,7 +104,13 @@ class Workplace:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, *launcher, str(ROOT / "tools" / tool), *args]
         return subprocess.Popen(
-            command, cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=self.folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def run(self, tool: str, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

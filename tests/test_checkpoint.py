@@ -56,6 +56,13 @@ def test_damaged_files(tmp_path, content, name):
         weights.read_checkpoint(tmp_path / name)
 
 
+def test_safetensors_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.arange(3.0)}, tmp_path / "a.safetensors")
+    torch.testing.assert_close(weights.read_checkpoint(tmp_path / "a.safetensors")["x"], torch.arange(3.0))
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         weights.read_checkpoint(tmp_path / "a.pth")
@@ -124,6 +131,11 @@ def test_the_newest_readable_state_wins(tmp_path, capsys):
     assert checkpoint.find_resume_state(resume_options(tmp_path))["iter"] == 20
     (tmp_path / "models" / "net_g_20.pth").unlink()
     assert checkpoint.find_resume_state(resume_options(tmp_path))["iter"] == 8
+    identity = {**resume_options(tmp_path, ignore_resume_networks=["network_i"]), "network_i": {}}
+    assert checkpoint.find_resume_state(identity)["iter"] == 8  # a network that is never saved
+    (tmp_path / "training_states" / "8.state").unlink()
+    with pytest.raises(UserError, match="no training state in .* can be read; move that folder away"):
+        checkpoint.find_resume_state(resume_options(tmp_path))
     out = capsys.readouterr().out
     assert "passed over" in out
     assert "100.state" in out

@@ -51,6 +51,12 @@ def test_gray_alpha_palette_and_float():
     np.testing.assert_allclose(decode_image(encoded(floating, ".tiff"), "x"), floating.clip(0, 1))
 
 
+def test_signed_pixels_are_refused_not_clipped():
+    image = np.full((4, 5), -3, np.int16)
+    with pytest.raises(UserError, match="x has pixels of type int16"):
+        decode_image(encoded(image, ".tiff"), "x")
+
+
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -64,6 +64,14 @@ def test_ema_copies_then_averages():
     torch.testing.assert_close(weights_of(model.net_g_ema), expected)
 
 
+def test_sampling_defaults_without_complete_options():
+    opt = merged(TINY, {"val": {"sampling": None}})
+    opt.update(dist=False, rank=0, world_size=1, num_gpu=0, is_train=False, manual_seed=0, path={})
+    model = build_model(opt)
+    assert len(model.sampling_schedule()) == 50
+    assert len(model.schedule) == 2000
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4, 9])
 def test_accumulation_equals_the_whole_batch(parts):
     gradients = []
@@ -91,7 +99,7 @@ def test_loss_is_logged_by_noise_level():
     levels, _ = training_noise(model.schedule, list(range(64)), (3, 8, 8), 0)
     counts = [int(((levels * 4).long().clamp(max=3) == i).sum()) for i in range(4)]
     assert all(count > 0 for count in counts)
-    bands = [log[f"l_eps_band{i}"] for i in range(4)]
+    bands = [log[f"l_eps_l1_band{i}"] for i in range(4)]
     mean = sum(c * b for c, b in zip(counts, bands)) / 64
     assert log["l_eps"] == pytest.approx(mean, rel=1e-5)
     assert model.get_current_log() == {}  # averaged since the last call

@@ -187,7 +187,14 @@ def test_foreign_models_keep_their_own_options():
             "model_type": "SRGANModel",
             "network_g": None,
             "network_d": {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 4},
-            "train": {"diffusion_opt": None, "initial_opt": None, "optim_d": {"type": "Adam"}, "net_d_iters": 1},
+            "train": {
+                "diffusion_opt": None,
+                "initial_opt": None,
+                "ema_start": None,
+                "grad_clip": None,
+                "optim_d": {"type": "Adam"},
+                "net_d_iters": 1,
+            },
             "path": {"pretrain_network_d": "d.pth"},
         },
     )

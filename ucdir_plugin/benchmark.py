@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ucdir_plugin.archs import UCDIRDenoiser, ucdir_arch
+from ucdir_plugin.errors import UserError
 
 
 def released_formulation(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,8 @@ def _status(key: str) -> int:
 def forward(size: int, repeats: int) -> dict:
     """The released SID denoiser's forward, with the release's padding, against the released formulation of AKGM."""
     seconds = alternate(_denoiser_forward(size), repeats)
+    if not sys.platform.startswith("linux"):
+        raise UserError("peak memory is read from /proc: run this benchmark on Linux")
     memory = {name: peak_memory(name, size) for name in VARIANTS}
     return {
         "benchmark": f"forward of the released SID denoiser, one {size}x{size} image, release's padding",

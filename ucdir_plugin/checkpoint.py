@@ -77,6 +77,7 @@ def save_training_state(self, epoch: int, current_iter: int) -> None:
         "epoch": epoch,
         "iter": current_iter,
         "optimizers": [to_cpu(o.state_dict()) for o in self.optimizers],
+        "optimizer_types": [type(o).__name__ for o in self.optimizers],
         "schedulers": [s.state_dict() for s in self.schedulers],
         "best_metric_results": getattr(self, "best_metric_results", {}),
         "extra": self.extra_state() if hasattr(self, "extra_state") else {},
@@ -84,8 +85,19 @@ def save_training_state(self, epoch: int, current_iter: int) -> None:
     atomic_save(state, os.path.join(self.opt["path"]["training_states"], f"{current_iter}.state"))
 
 
+def check_optimizers(state: dict, optimizers: list[torch.optim.Optimizer]) -> None:
+    """
+    Raises:
+        UserError: if a training state belongs to other optimizers than these.
+    """
+    saved, own = state.get("optimizer_types"), [type(o).__name__ for o in optimizers]
+    if saved is not None and saved != own:
+        raise UserError(f"the training state is of optimizer {', '.join(saved)}, the options ask for {', '.join(own)}")
+
+
 def _network_files(opt: dict, iteration: int) -> dict[str, str]:
-    labels = [key for key in opt if key.startswith("network_")]
+    ignored = opt["path"].get("ignore_resume_networks") or ()
+    labels = [key for key in opt if key.startswith("network_") and key not in ignored]
     models = opt["path"]["models"]
     return {label: os.path.join(models, f"net_{label[len('network_') :]}_{iteration}.pth") for label in labels}
 
@@ -97,7 +109,7 @@ def find_resume_state(opt: dict) -> dict | None:
     named and passed over. Else ``opt['path']['resume_state']``, if given.
 
     Raises:
-        UserError: if a state that was asked for by name cannot be read.
+        UserError: if a state that was asked for by name cannot be read, or if there are states but none can.
     """
     path = opt["path"]
     if opt["auto_resume"]:
@@ -124,9 +136,10 @@ def find_resume_state(opt: dict) -> dict | None:
             continue
         path["resume_state"] = candidate
         for label, file in networks.items():
-            if label not in (path.get("ignore_resume_networks") or ()):
-                path[f"pretrain_{label}"] = file
+            path[f"pretrain_{label}"] = file
         for key in [k for k in path if k.startswith("param_key")]:
             path[key] = "params"
         return state
+    if candidates:
+        raise UserError(f"no training state in {folder} can be read; move that folder away to start from scratch")
     return None

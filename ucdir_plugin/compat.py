@@ -37,7 +37,11 @@ _PATCHED_VERSION = "1.4.2"
 
 def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **kwargs) -> None:
     """BasicSR's ``init_dist``, which divides by the number of GPUs, also without any: gloo on the CPU."""
-    if torch.cuda.is_available():
+    needed = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}[launcher]
+    if needed not in os.environ:
+        start = {"pytorch": "torchrun --nproc_per_node=N", "slurm": "srun python"}[launcher]
+        raise UserError(f"--launcher {launcher}: {needed} is not set; start with {start} tools/train.py ...")
+    if torch.cuda.is_available() and backend != "gloo":
         if port is not None and launcher == "slurm":
             kwargs["port"] = port
         return _upstream_init_dist(launcher, backend, **kwargs)

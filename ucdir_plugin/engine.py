@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from typing import Any, List, Optional
 
@@ -22,18 +23,18 @@ from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 from basicsr.models import build_model
 from basicsr.train import init_tb_loggers
-from basicsr.utils import AvgTimer, MessageLogger, get_root_logger, get_time_str, make_exp_dirs
+from basicsr.utils import AvgTimer, MessageLogger, get_root_logger, get_time_str, make_exp_dirs, mkdir_and_rename
 from basicsr.utils.dist_util import get_dist_info
-from basicsr.utils.options import copy_opt_file, dict2str
+from basicsr.utils.options import dict2str
 
 import ucdir_plugin
 from ucdir_plugin import compat, report
-from ucdir_plugin.checkpoint import find_resume_state, remove_leftovers
-from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset, seed_cpu
+from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
+from ucdir_plugin.data.loader import EndlessSampler, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import load_options
-from ucdir_plugin.validation import handles, validate
+from ucdir_plugin.validation import bare_networks, handles, validate
 
 
 def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -51,8 +52,11 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     """Options, distributed processes, paths below the working directory, seeds."""
     opt = load_options(args.opt, args.force_yml, is_train)
     opt["dist"] = args.launcher != "none"
+    if not opt["dist"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
     if opt["dist"] and not dist.is_initialized():
-        compat.init_dist(args.launcher, **(opt.get("dist_params") or {}))
+        cpu = {"backend": "gloo"} if opt["num_gpu"] == 0 else {}
+        compat.init_dist(args.launcher, **{**(opt.get("dist_params") or {}), **cpu})
     opt["rank"], opt["world_size"] = get_dist_info()
     opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
     if args.debug and not opt["name"].startswith("debug"):
@@ -84,6 +88,8 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
             opt["logger"]["print_freq"] = 1
     else:
         path["results_root"] = root
+    if opt["rank"] == 0:
+        get_root_logger().setLevel(logging.INFO)
     torch.backends.cudnn.benchmark = True
     seed_everything(opt["manual_seed"], "start")
     return opt
@@ -106,7 +112,6 @@ def start_log(opt: dict, kind: str) -> logging.Logger:
         handler = logging.FileHandler(os.path.join(opt["path"]["log"], f"{kind}_{opt['name']}_{get_time_str()}.log"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
     logger.info(f"ucdir-plugin {ucdir_plugin.__version__}, torch {torch.__version__}, world size {opt['world_size']}")
     logger.info(dict2str(opt))
     return logger
@@ -116,7 +121,7 @@ def build(what: str, builder: Any, opt: dict) -> Any:
     """Call a builder of BasicSR; what it raises about the user's options becomes one line."""
     try:
         return builder(opt)
-    except (AssertionError, ValueError, KeyError, TypeError, NotImplementedError, FileNotFoundError) as err:
+    except (AssertionError, ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as err:
         raise UserError(f"{what}: {type(err).__name__}: {err}") from err
 
 
@@ -148,46 +153,98 @@ class _Stop:
         return bool(self.signal)
 
 
+def agreed_start(resume: Optional[dict], opt: dict) -> int:
+    """The iteration that all ranks resume at.
+
+    Raises:
+        UserError: if they found different ones.
+    """
+    start = resume["iter"] if resume else 0
+    if opt["dist"]:
+        first = [start]
+        dist.broadcast_object_list(first)
+        if first[0] != start:
+            folder = opt["path"]["training_states"]
+            raise UserError(
+                f"rank {opt['rank']} finds iteration {start} in {folder}, rank 0 iteration {first[0]}:"
+                " all machines need the same folder (a shared disk)"
+            )
+    return start
+
+
+class FiniteLosses:
+    """Stops models that do not look at their losses themselves (BasicSR's) once they are lost."""
+
+    def __init__(self, limit: int = 10):
+        self.limit, self.bad = limit, 0
+
+    def look(self, model: Any, iteration: int) -> None:
+        """
+        Raises:
+            UserError: after ``limit`` iterations in a row with a logged loss that is not finite.
+        """
+        losses = getattr(model, "log_dict", {}).values()
+        self.bad = self.bad + 1 if any(not math.isfinite(v) for v in losses) else 0
+        if self.bad >= self.limit:
+            raise UserError(
+                f"training stopped at iteration {iteration}: {self.bad} steps in a row without a finite loss;"
+                " the last checkpoint before them is kept. Lower the learning rate, or check the data"
+            )
+
+
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     opt = setup(args, is_train=True)
     rank_0, seed, total = opt["rank"] == 0, opt["manual_seed"], opt["train"]["total_iter"]
+    with open(args.opt, encoding="utf-8") as file:
+        option_text = file.read()
     # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
     (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
     resume = find_resume_state(opt)
-    start = resume["iter"] if resume else 0
+    start = agreed_start(resume, opt)
     seed_everything(seed, "init")
     model = build("model", build_model, opt)
     if resume:
-        model.resume_training(resume)
+        check_optimizers(resume, model.optimizers)
+        build("resuming", model.resume_training, resume)
         model.best_metric_results = resume.get("best_metric_results", {})
     if opt["dist"]:
         dist.barrier()  # all have looked before rank 0 moves an earlier experiment away
+    root = opt["path"]["experiments_root"]
     if not resume:
         make_exp_dirs(opt)
+        if rank_0 and opt["logger"]["use_tb_logger"]:
+            mkdir_and_rename(os.path.join(opt["root_path"], "tb_logger", opt["name"]))
     if rank_0:
         remove_leftovers(opt["path"]["models"], opt["path"]["training_states"])
         state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"
         print(state, flush=True)
-    copy_opt_file(args.opt, opt["path"]["experiments_root"])
+        head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
+        report.write_text(head + option_text, os.path.join(root, os.path.basename(args.opt)))
     logger = start_log(opt, "train")
-    tb_logger = init_tb_loggers(opt)
+    logger.info(f"weights: {opt['path'].get('pretrain_network_g') or 'random'}")
     if hasattr(model, "net_g"):
         model.print_network(model.net_g)
 
     data_opt = opt["datasets"]["train"]
-    batch = data_opt["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
+    gpus = 1 if opt["dist"] else max(1, opt["num_gpu"])  # several without processes: DataParallel
+    batch = data_opt["batch_size_per_gpu"] * gpus
     sampler = EndlessSampler(len(train_set), batch, opt["rank"], opt["world_size"], seed, start)
-    loader = build_dataloader(KeyedDataset(train_set, seed), data_opt, opt["num_gpu"], opt["dist"], sampler, seed=seed)
+    workers = data_opt["num_worker_per_gpu"] * gpus
+    loader = training_loader(train_set, {**data_opt, "num_worker_per_gpu": workers}, sampler)
     epoch_iters = max(1, math.ceil(len(train_set) / (batch * opt["world_size"])))
     logger.info(f"{len(train_set)} training images, {total} iterations of {batch} x {opt['world_size']} samples")
+    tb_logger = init_tb_loggers(opt)
     messages = MessageLogger(opt, start, tb_logger)
-    on_cuda = data_opt.get("prefetch_mode") == "cuda"
+    on_cuda = data_opt.get("prefetch_mode") == "cuda" and model.device.type == "cuda"
     prefetcher = CUDAPrefetcher(loader, opt) if on_cuda else CPUPrefetcher(loader)
-    stop = _Stop()
+    stop, losses = _Stop(), FiniteLosses()
 
     def save(iteration: int) -> None:
-        model.save(iteration // epoch_iters, iteration)
+        if losses.bad:
+            logger.warning(f"iteration {iteration} is not saved: its loss is not finite")
+        else:
+            model.save(iteration // epoch_iters, iteration)
 
     def validation(iteration: int) -> None:
         for val_set in val_sets:
@@ -196,100 +253,121 @@ def train(args: argparse.Namespace) -> int:
                 rows = validate(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
                 if rank_0:
                     about = {"name": opt["name"], "dataset": name, "iteration": iteration}
-                    report.write_tables(rows, os.path.join(opt["path"]["experiments_root"], f"metrics_{name}"), about)
+                    report.write_tables(rows, os.path.join(root, f"metrics_{name}"), about)
             else:
-                val_loader = build_dataloader(val_set, val_set.opt, opt["num_gpu"], opt["dist"], None, seed)
-                model.validation(val_loader, iteration, tb_logger, opt["val"]["save_img"])
+                own_validation(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
 
-    iteration = saved = start
+    iteration = start
+    val_freq = opt["val"]["val_freq"]
+    if 0 < start < total and start % val_freq == 0:
+        validation(start)  # a stop between saving and validating may have lost it
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     started = time.time()
-    while iteration < total:
-        try:
-            data = prefetcher.next()
-        except UserError:
-            if iteration > saved:
+    try:
+        while iteration < total:
+            try:
+                data = prefetcher.next()
+            except Exception:
+                # One rank alone cannot save what needs all of them.
+                if iteration > start and not opt["dist"]:
+                    save(iteration)
+                    logger.info(f"saved iteration {iteration}; go on with --auto_resume")
+                raise
+            data_timer.record()
+            iteration += 1
+            model.update_learning_rate(iteration, opt["train"].get("warmup_iter", -1))
+            seed_everything(seed, "step", iteration, opt["rank"])
+            model.feed_data(data)
+            model.optimize_parameters(iteration)
+            losses.look(model, iteration)
+            iter_timer.record()
+            if iteration == start + 1:
+                messages.reset_start_time()
+            if iteration % opt["logger"]["print_freq"] == 0:
+                line = {"epoch": iteration // epoch_iters, "iter": iteration, "lrs": model.get_current_learning_rate()}
+                line.update(time=iter_timer.get_avg_time(), data_time=data_timer.get_avg_time())
+                line.update(model.get_current_log())
+                messages(line)
+            stopping = stop.asked(opt, model.device)
+            if stopping or iteration % opt["logger"]["save_checkpoint_freq"] == 0 or iteration == total:
                 save(iteration)
-                logger.info(f"saved iteration {iteration}; go on with --auto_resume")
-            raise
-        data_timer.record()
-        iteration += 1
-        model.update_learning_rate(iteration, opt["train"].get("warmup_iter", -1))
-        seed_everything(seed, "step", iteration, opt["rank"])
-        model.feed_data(data)
-        model.optimize_parameters(iteration)
-        iter_timer.record()
-        if iteration == start + 1:
-            messages.reset_start_time()
-        if iteration % opt["logger"]["print_freq"] == 0:
-            line = {"epoch": iteration // epoch_iters, "iter": iteration, "lrs": model.get_current_learning_rate()}
-            line.update(time=iter_timer.get_avg_time(), data_time=data_timer.get_avg_time())
-            line.update(model.get_current_log())
-            messages(line)
-        stopping = stop.asked(opt, model.device)
-        if stopping or iteration % opt["logger"]["save_checkpoint_freq"] == 0 or iteration == total:
-            save(iteration)
-            saved = iteration
-        if stopping:
-            logger.info(f"stopped by signal {stop.signal} at iteration {iteration}, saved; go on with --auto_resume")
-            return 128 + stop.signal
-        if iteration % opt["val"]["val_freq"] == 0 and iteration < total:
-            validation(iteration)
-        data_timer.start()
-        iter_timer.start()
+            if stopping:
+                logger.info(
+                    f"signal {stop.signal}: stopped and saved at iteration {iteration}; go on with --auto_resume"
+                )
+                return 128 + stop.signal
+            if iteration % val_freq == 0 and iteration < total:
+                validation(iteration)
+            data_timer.start()
+            iter_timer.start()
 
-    seconds = datetime.timedelta(seconds=int(time.time() - started))
-    logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
-    model.save(epoch=-1, current_iter=-1)
-    validation(iteration)
-    if tb_logger:
-        tb_logger.close()
+        seconds = datetime.timedelta(seconds=int(time.time() - started))
+        logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
+        model.save(epoch=-1, current_iter=-1)
+        validation(iteration)
+    finally:
+        if tb_logger:
+            tb_logger.close()
     return 0
 
 
-def find_weights(opt: dict) -> None:
-    """Point ``path: pretrain_network_g`` at the last thing this option file trained, where no weights are named.
+def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
+    """Validation of a model that has its own (video, padded windows): on rank 0, as in BasicSR."""
+    opt = model.opt
+    loader = build_dataloader(dataset, {**dataset.opt, "persistent_workers": False}, opt["num_gpu"], opt["dist"])
+    with bare_networks(model):
+        model.validation(loader, current_iter, tb_logger, save_img)
+
+
+def find_weights(opt: dict, forced: List[str]) -> None:
+    """Point ``path: pretrain_network_g`` at the last thing this option file trained, if it trained something.
+
+    Else what the file names is tested, and always what ``--force_yml path:pretrain_network_g=...`` names.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are no weights.
     """
     path = opt["path"]
-    if path.get("pretrain_network_g"):
+    if any(entry.startswith("path:pretrain_network_g=") for entry in forced):
         return
     models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
-    found = max(glob.glob(os.path.join(glob.escape(models), "net_g_*.pth")), key=os.path.getmtime, default=None)
-    if found is None:
+    found = {
+        int(stem): file
+        for file in glob.glob(os.path.join(glob.escape(models), "net_g_*.pth"))
+        if (stem := os.path.basename(file)[len("net_g_") : -len(".pth")]).isdigit()
+    }
+    if found and opt.get("train"):
+        path.update(pretrain_network_g=found[max(found)], param_key_g="params_ema")
+    if not path.get("pretrain_network_g"):
         raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
-    path.update(pretrain_network_g=found, param_key_g="params_ema")
 
 
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
     opt = setup(args, is_train=False)
-    find_weights(opt)
+    find_weights(opt, args.force_yml or [])
     sets = build_sets(opt, ("val", "test"))
     if not sets:
         raise UserError("option datasets: there is no val or test dataset")
+    model = build("model", build_model, opt)
     if opt["dist"]:
         dist.barrier()
     make_exp_dirs(opt)
     if opt["dist"]:
         dist.barrier()
     logger = start_log(opt, "test")
-    logger.info(f"weights: {opt['path']['pretrain_network_g']}")
-    model = build("model", build_model, opt)
+    weights = opt["path"]["pretrain_network_g"]
+    logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
     for test_set in sets:
         name = test_set.opt["name"]
         if not handles(model):
-            loader = build_dataloader(test_set, test_set.opt, opt["num_gpu"], opt["dist"], None, opt["manual_seed"])
-            model.validation(loader, opt["name"], None, opt["val"]["save_img"])
+            own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
         rows = validate(model, test_set, opt["name"], None, opt["val"]["save_img"])
         if opt["rank"] == 0:
             stem = os.path.join(opt["path"]["results_root"], f"metrics_{name}")
-            report.write_tables(
-                rows, stem, {"name": opt["name"], "dataset": name, "weights": opt["path"]["pretrain_network_g"]}
-            )
+            report.write_tables(rows, stem, {"name": opt["name"], "dataset": name, "weights": weights})
             print(report.markdown_table(rows))
+            print(f"weights: {weights}")
             print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}", flush=True)
     return 0

@@ -16,6 +16,16 @@ class UserError(Exception):
         return text.rsplit("UserError: ", 1)[-1]
 
 
+def at_least_one(**values: int) -> None:
+    """
+    Raises:
+        UserError: naming the first value below 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Hint for a wrong name: the nearest known ones, or all of them if few and none is near."""
     names = sorted(str(k) for k in known)

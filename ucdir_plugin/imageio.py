@@ -31,6 +31,8 @@ def decode_image(content: bytes, path: str) -> np.ndarray:
         return image.astype(np.float32) / 255.0
     if image.dtype == np.uint16:
         return image.astype(np.float32) / 65535.0
+    if image.dtype.kind != "f":
+        raise UserError(f"image {path} has pixels of type {image.dtype}; 8 and 16 bits without sign and float are read")
     image = image.astype(np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"image {path} holds NaN or infinite values")
@@ -80,10 +82,15 @@ def list_images(folder: str, what: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f"{what}: the folder {folder} does not exist")
     found = []
-    for root, folders, files in os.walk(folder):
+    visited = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited:  # links in a circle
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            os.path.relpath(os.path.join(root, name), folder)
+            os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")
             for name in files
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]

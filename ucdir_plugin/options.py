@@ -12,7 +12,7 @@ import json
 import os
 import re
 import typing
-from typing import Annotated, Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, Hashable, List, Literal, Mapping, Optional, Tuple, Union
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -34,6 +34,9 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            line = key_node.start_mark.line + 1
+            raise UserError(f"line {line}: a key must be plain text (put quotes around values with braces)")
         if key in seen and key != "<<":
             raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; remove one")
         seen.add(key)
@@ -127,7 +130,7 @@ class _Typed(_Schema):
 
 class PathOptions(_Schema):
     pretrain_network_g: Optional[str] = None
-    param_key_g: str = "params"
+    param_key_g: Optional[str] = "params"
     strict_load_g: bool = True
     resume_state: Optional[str] = None
     ignore_resume_networks: Optional[Union[str, List[str]]] = None
@@ -165,7 +168,11 @@ class TrainOptions(_Schema):
 
 
 class DatasetOptions(_Schema):
-    """Keys of BasicSR's loader and its image datasets, and of this package's."""
+    """Keys of BasicSR's loader and its image datasets, and of this package's.
+
+    Sampling is endless and always shuffled here, so that ``use_shuffle``, ``dataset_enlarge_ratio``,
+    ``persistent_workers`` and ``prefetch_mode: cpu`` of BasicSR's files have nothing left to do.
+    """
 
     name: str
     type: str
@@ -184,6 +191,7 @@ class DatasetOptions(_Schema):
     num_worker_per_gpu: NotNegativeInt = 0
     batch_size_per_gpu: PositiveInt = 1
     dataset_enlarge_ratio: PositiveInt = 1
+    use_shuffle: bool = True
     prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
     num_prefetch_queue: PositiveInt = 1
     pin_memory: bool = False
@@ -207,8 +215,12 @@ class Options(_Schema):
     find_unused_parameters: bool = False
 
 
-# Datasets whose keys are all in DatasetOptions; others may have more.
-_KNOWN_DATASETS = {"PairedRestorationDataset", "JPEGDataset"}
+# Of the keys in DatasetOptions, those without meaning for this package's datasets. Other datasets may have more keys.
+_PAIRED_ONLY = {"dataroot_lq", "meta_info_file", "filename_tmpl", "io_backend"}
+_MEANINGLESS = {
+    "PairedRestorationDataset": {"color", "mean", "std", "quality"},
+    "JPEGDataset": {"color", "mean", "std", *_PAIRED_ONLY},
+}
 _KNOWN_MODELS = {"UCDIRModel"}
 
 
@@ -329,6 +341,19 @@ def _check_train(train: Mapping[str, Any], own_model: bool) -> None:
         raise UserError("option train:scheduler is missing")
 
 
+_OWN_TRAIN = ("ema_start", "diffusion_opt", "initial_opt", "grad_clip", "accumulate", "amp", "max_bad_steps")
+
+
+def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
+    """Keep what only UCDIRModel understands away from other models; BasicSR's own would ignore it."""
+    of_basicsr = registry.lookup("model", model_type).__module__.startswith("basicsr.")
+    for key in _OWN_TRAIN:
+        if of_basicsr and given.get(key) is not None:
+            raise UserError(f"option train:{key} is for UCDIRModel; {model_type} would ignore it")
+        if key not in given:
+            del train[key]
+
+
 def _merge(given: Mapping, checked: Mapping) -> dict:
     """The checked values and defaults, and beside them what a foreign model or dataset has of its own."""
     merged = dict(given)
@@ -360,7 +385,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             loc = error["loc"]
             if loc[0] == "datasets" and len(loc) > 2:
                 kind = datasets[loc[1]].get("type") if isinstance(datasets.get(loc[1]), dict) else None
-                return kind not in _KNOWN_DATASETS
+                return kind not in _MEANINGLESS
             return not own_model
 
         faults = [e for e in err.errors() if not foreign(e)]
@@ -382,6 +407,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             if phase.split("_")[0] not in ("train", "val", "test"):
                 raise UserError(f"option datasets:{phase}: the phases are train, val, val_2, ..., test, test_2, ...")
             registry.lookup("dataset", dataset["type"], f"option datasets:{phase}:type")
+            for key in sorted(_MEANINGLESS.get(dataset["type"], set()) & {k for k, v in datasets[phase].items() if v}):
+                raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
         for name, metric in (opt["val"].get("metrics") or {}).items():
             check_metric(metric, f"val:metrics:{name}")
         if is_train:
@@ -391,6 +418,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 raise UserError("option train is missing")
         if opt.get("train"):
             _check_train(opt["train"], own_model)
+            if not own_model:
+                _drop_own(opt["train"], raw["train"], opt["model_type"])
         steps, timesteps = opt["val"]["sampling"]["steps"], opt["diffusion"]["timesteps"]
         if steps > timesteps:
             raise UserError(f"option val:sampling:steps: {steps} is more than the schedule's {timesteps} (diffusion)")

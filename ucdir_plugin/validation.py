@@ -61,7 +61,7 @@ def measure(image: np.ndarray, truth: Optional[np.ndarray], metrics: dict[str, d
             try:
                 with np.errstate(all="ignore"):
                     value = float(calculate_metric({"img": image}, cfg))
-            except (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError):
+            except (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError, AssertionError):
                 # NIQE fits statistics to blocks of 96x96: too small or constant an image has none.
                 value = float("nan")
         values[name] = None if np.isnan(value) else value
@@ -113,7 +113,8 @@ def validate(
     rank, world = opt["rank"], opt["world_size"]
     loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size=1, num_workers=0)
     rows = []
-    bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=None if rank == 0 else True)
+    quiet = rank != 0 or not opt["val"].get("pbar", True)
+    bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=quiet or None)
     with bare_networks(model):
         for data in bar:
             key = sample_key(data, dataset_opt)
@@ -154,9 +155,13 @@ def _write_pictures(opt: dict, dataset: str, key: str, images: dict, truth: Any,
 
 
 def _log(model: Any, dataset: str, summary: dict, current_iter: Any, tb_logger: Any) -> None:
-    restored = summary["restored"]
+    restored = summary.get("restored", {})
     if isinstance(current_iter, int):
         model._initialize_best_metric_results(dataset)
+        best_results = model.best_metric_results[dataset]
+        for metric, cfg in model.opt["val"]["metrics"].items():  # one that a resumed run did not have
+            worst = float("inf") if cfg.get("better") == "lower" else float("-inf")
+            best_results.setdefault(metric, {"better": cfg.get("better", "higher"), "val": worst, "iter": -1})
     lines = [f"Validation {dataset}"]
     for metric in restored:
         line = f"\t # {metric}: " + ", ".join(
@@ -164,7 +169,7 @@ def _log(model: Any, dataset: str, summary: dict, current_iter: Any, tb_logger: 
         )
         if isinstance(current_iter, int) and restored[metric] is not None:
             model._update_best_metric_result(dataset, metric, restored[metric], current_iter)
-            best = model.best_metric_results[dataset][metric]
+            best = best_results[metric]
             line += f"\tBest: {best['val']:.4f} @ {best['iter']} iter"
         lines.append(line)
         if tb_logger:

@@ -7,6 +7,7 @@ import pickle
 from typing import Any, Mapping
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ucdir_plugin.errors import UserError
@@ -42,8 +43,6 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         raise UserError(f"checkpoint {path} does not exist")
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
@@ -61,8 +60,10 @@ def _first(names: list[str]) -> str:
     return f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
-def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True) -> None:
-    """Load ``state`` into ``net``; not strict leaves out what does not fit.
+def fitting_state_dict(
+    net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True
+) -> dict[str, torch.Tensor]:
+    """What of ``state`` fits into ``net``: all of it if ``strict``.
 
     Raises:
         UserError: naming the first key that is missing, unexpected or of another shape.
@@ -86,7 +87,16 @@ def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str
                 f"has other shapes for {_first(misshapen)}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
             )
         raise UserError(f"checkpoint {path} is of another architecture than {type(net).__name__}: {'; '.join(faults)}")
-    net.load_state_dict({k: v for k, v in state.items() if k in own and k not in misshapen}, strict=False)
+    return {k: v for k, v in state.items() if k in own and k not in misshapen}
+
+
+def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True) -> None:
+    """Load ``state`` into ``net``; not strict leaves out what does not fit.
+
+    Raises:
+        UserError: as :func:`fitting_state_dict`.
+    """
+    net.load_state_dict(fitting_state_dict(net, state, path, strict), strict=False)
 
 
 def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params") -> None:
@@ -128,7 +138,7 @@ def convert_ucdir(source: str, target: str) -> dict[str, Any]:
     state = {key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}
     with torch.device("meta"):
         net = UCDIR(denoiser={"type": "UCDIRDenoiser"}, predictor={"type": "SIDUNet"})
-    load_state_dict(net, state, source)
+    state = fitting_state_dict(net, state, source)
     # One set of tensors under both of BasicSR's keys: torch.save stores shared memory once.
     atomic_save({"params": state, "params_ema": state}, target)
     return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "dropped": dropped}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import register
 
 
@@ -39,8 +40,9 @@ class SIDUNet(nn.Module):
         released_padding: bool = False,
     ):
         super().__init__()
+        at_least_one(width=width, levels=levels)
         if residual and in_channel != out_channel:
-            raise ValueError("residual: true needs in_channel = out_channel")
+            raise UserError("residual: true needs in_channel = out_channel")
         self.levels, self.residual, self.released_padding = levels, residual, released_padding
         # Module names follow the released checkpoint: conv1_1 .. conv5_2 down, upv6, conv6_1 .. up, conv10_1 the head.
         channels = in_channel

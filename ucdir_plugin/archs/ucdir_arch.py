@@ -15,7 +15,7 @@ from torch import nn
 from ucdir_plugin.archs.akgm import adaptive_kernel_conv
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.diffusion.schedule import diffuse
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import build_arch, register
 
 
@@ -176,6 +176,8 @@ class UCDIRDenoiser(nn.Module):
         released_padding: bool = False,
     ):
         super().__init__()
+        at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases)
+        at_least_one(channel_mults=min(channel_mults, default=0))
         for mult in channel_mults:
             if inner_channel * mult % num_bases:
                 raise UserError(f"a width of {inner_channel * mult} channels is no multiple of num_bases {num_bases}")

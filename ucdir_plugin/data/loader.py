@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import signal
 from typing import Any, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ucdir_plugin.diffusion.noise import generator, key_to_seed
 
@@ -73,3 +74,21 @@ class KeyedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach the workers too; the trainer still needs them to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def training_loader(dataset: Dataset, opt: dict, sampler: EndlessSampler) -> DataLoader:
+    """An endless loader of one rank's batches, ``sampler.batch`` each, with BasicSR's loader options."""
+    return DataLoader(
+        KeyedDataset(dataset, sampler.seed),
+        batch_size=sampler.batch,
+        sampler=sampler,
+        num_workers=opt["num_worker_per_gpu"],
+        pin_memory=opt["pin_memory"],
+        worker_init_fn=_leave_signals_to_the_trainer,
+    )

@@ -78,6 +78,10 @@ class PairedRestorationDataset(Dataset):
         self.crop = option(opt, "gt_size") if self.train else None
         self.client: FileClient | None = None
         self.backend = dict(opt["io_backend"])
+        if self.backend.get("type") not in ("disk", "lmdb"):
+            raise UserError(
+                f"option datasets: {opt['name']}: io_backend: type {self.backend.get('type')!r}; use disk or lmdb"
+            )
         if gt is None:
             names = list_images(lq, f"option datasets: {opt['name']}: dataroot_lq")
             self.pairs = [(name, os.path.join(lq, name), None) for name in names]
@@ -122,7 +126,7 @@ class PairedRestorationDataset(Dataset):
         pairs = []
         for name in names:
             folder, base = os.path.split(os.path.splitext(name)[0])
-            partner = os.path.join(folder, self.opt["filename_tmpl"].format(base))
+            partner = f"{folder}/" * bool(folder) + self.opt["filename_tmpl"].format(base)
             if partner not in degraded:
                 raise UserError(
                     f"{os.path.join(gt, name)} has no partner {partner}.* in {lq}; {did_you_mean(partner, degraded)}"

@@ -20,7 +20,7 @@ class NoisePredictionLoss(nn.Module):
         criterion: 'l1' (UCDIR) or 'l2' (DDPM).
         weighting: 'none' (both papers); 'min_snr': min(SNR, gamma) / SNR (Hang et al., ICCV 2023, for predicted noise);
             'p2': 1 / (1 + SNR) ** gamma (Choi et al., CVPR 2022). SNR = level^2 / (1 - level^2).
-        gamma: parameter of the weighting; common values are 5 for 'min_snr' and 1 for 'p2'.
+        gamma: parameter of the weighting; default 5 for 'min_snr' and 1 for 'p2', as in their papers.
     """
 
     def __init__(
@@ -28,14 +28,15 @@ class NoisePredictionLoss(nn.Module):
         loss_weight: float = 1.0,
         criterion: Literal["l1", "l2"] = "l1",
         weighting: Literal["none", "min_snr", "p2"] = "none",
-        gamma: float = 5.0,
+        gamma: Optional[float] = None,
     ):
         super().__init__()
         if criterion not in ("l1", "l2"):
             raise UserError(f"criterion {criterion!r}: known are l1, l2")
         if weighting not in ("none", "min_snr", "p2"):
             raise UserError(f"weighting {weighting!r}: known are none, min_snr, p2")
-        self.loss_weight, self.criterion, self.weighting, self.gamma = loss_weight, criterion, weighting, gamma
+        self.loss_weight, self.criterion, self.weighting = loss_weight, criterion, weighting
+        self.gamma = gamma if gamma is not None else {"min_snr": 5.0}.get(weighting, 1.0)
 
     def forward(
         self, pred: torch.Tensor, target: torch.Tensor, noise_level: Optional[torch.Tensor] = None

@@ -15,7 +15,7 @@ from basicsr.losses import build_loss
 from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ucdir_plugin.diffusion import samplers
 from ucdir_plugin.diffusion.noise import generator, normal
@@ -25,7 +25,7 @@ from ucdir_plugin.registry import build_arch, register
 from ucdir_plugin.validation import validate
 
 BANDS = 4
-"""The logged loss is split by noise level sqrt(alpha_bar): [0, 1/4), ... [3/4, 1]."""
+"""The mean absolute error of the noise is logged by noise level sqrt(alpha_bar): [0, 1/4), ... [3/4, 1]."""
 
 
 def training_noise(
@@ -51,8 +51,12 @@ class UCDIRModel(SRModel):
 
     def __init__(self, opt: dict):
         BaseModel.__init__(self, opt)
-        schedule = opt["diffusion"]
-        self.schedule = NoiseSchedule.linear(schedule["timesteps"], schedule["start"], schedule["end"])
+        from ucdir_plugin.options import SamplingOptions, ScheduleOptions  # not needed to import the package
+
+        # Complete under tools/train.py; BasicSR's own loop hands over what the file says.
+        diffusion = ScheduleOptions(**opt.get("diffusion") or {})
+        self.schedule = NoiseSchedule.linear(diffusion.timesteps, diffusion.start, diffusion.end)
+        self.sampling = SamplingOptions(**(opt.get("val") or {}).get("sampling") or {})
         self.net_g = self.model_to_device(build_arch(opt["network_g"], "network_g"))
         self.print_network(self.net_g)
         pretrained = opt["path"].get("pretrain_network_g")
@@ -77,6 +81,8 @@ class UCDIRModel(SRModel):
         self.with_level = "noise_level" in inspect.signature(self.cri_diffusion.forward).parameters
         self.cri_initial = build_loss(train["initial_opt"]).to(self.device) if train.get("initial_opt") else None
         amp = train.get("amp")
+        if amp and isinstance(self.net_g, DataParallel):
+            raise UserError("option train:amp: several GPUs in one process lose it; use torchrun, one process a GPU")
         if amp == "fp16" and self.device.type != "cuda":
             raise UserError("option train:amp: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
@@ -138,18 +144,16 @@ class UCDIRModel(SRModel):
 
         self.scaler.unscale_(self.optimizer_g)
         norm = torch.nn.utils.clip_grad_norm_(self.net_g.parameters(), train.get("grad_clip") or float("inf"))
-        total = sum(losses.values())
-        # Gradients are the same on all ranks, not finite where any rank's loss is not; fp16 overflows are the scaler's.
-        good = bool(torch.isfinite(norm)) or (self.scaler.is_enabled() and bool(torch.isfinite(total)))
-        if good:
+        # Gradients are the same on all ranks, and not finite where any rank's loss is not: all take the same way here.
+        if torch.isfinite(norm):
             self.scaler.step(self.optimizer_g)
             self.bad_steps_in_a_row = 0
             self._update_log(losses, levels, torch.cat(errors))
             if self.ema_decay > 0:
                 self._update_ema(current_iter)
+        elif self.scaler.get_scale() <= 1:  # above 1, in fp16 only, it is an overflow that a lower scale cures
+            self._count_bad_step(current_iter, float(sum(losses.values())))
         self.scaler.update()
-        if not good:
-            self._count_bad_step(current_iter, float(total))
 
     def _count_bad_step(self, current_iter: int, loss: float) -> None:
         self.bad_steps += 1
@@ -190,7 +194,7 @@ class UCDIRModel(SRModel):
         band = (levels * BANDS).long().clamp(max=BANDS - 1)
         for i in range(BANDS):
             mask = (band == i).float()
-            add(f"l_eps_band{i}", (errors * mask).sum(), mask.sum())
+            add(f"l_eps_l1_band{i}", (errors * mask).sum(), mask.sum())
 
     def get_current_log(self) -> OrderedDict:
         """Losses averaged since the last call, over all ranks; a band without samples is left out."""
@@ -204,14 +208,30 @@ class UCDIRModel(SRModel):
         self._reset_log()
         return log
 
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Save networks and training state; to be called on all ranks."""
+        if self.opt["dist"] and self._sums:  # rank 0 writes the sums of all
+            sums = torch.stack(list(self._sums.values()))
+            dist.all_reduce(sums)
+            self._sums = dict(zip(self._sums, sums * (self.opt["rank"] == 0)))
+        super().save(epoch, current_iter)
+
     def extra_state(self) -> dict[str, Any]:
         """What a training state holds besides BasicSR's own entries."""
-        return {"bad_steps": self.bad_steps, "scaler": self.scaler.state_dict()}
+        return {
+            "bad_steps": self.bad_steps,
+            "bad_steps_in_a_row": self.bad_steps_in_a_row,
+            "scaler": self.scaler.state_dict(),
+            "log": {name: pair.tolist() for name, pair in self._sums.items()},
+        }
 
     def resume_training(self, resume_state: dict) -> None:
         super().resume_training(resume_state)
         extra = resume_state.get("extra", {})
         self.bad_steps = extra.get("bad_steps", 0)
+        self.bad_steps_in_a_row = extra.get("bad_steps_in_a_row", 0)
+        mine = float(self.opt["rank"] == 0)
+        self._sums = {n: torch.tensor(pair, device=self.device) * mine for n, pair in extra.get("log", {}).items()}
         if extra.get("scaler"):
             self.scaler.load_state_dict(extra["scaler"])
 
@@ -219,10 +239,9 @@ class UCDIRModel(SRModel):
 
     def sampling_schedule(self) -> NoiseSchedule:
         """The schedule of ``val: sampling``: the training one respaced (paper), or a new linear one (release)."""
-        sampling = self.opt["val"]["sampling"]
-        if sampling["spacing"] == "rescale":
-            return NoiseSchedule.linear(sampling["steps"], self.opt["diffusion"]["start"], sampling["rescale_end"])
-        return self.schedule.respace(sampling["steps"])
+        if self.sampling.spacing == "rescale":
+            return NoiseSchedule.linear(self.sampling.steps, self.schedule.betas[0], self.sampling.rescale_end)
+        return self.schedule.respace(self.sampling.steps)
 
     @torch.no_grad()
     def test(self) -> None:
@@ -232,8 +251,7 @@ class UCDIRModel(SRModel):
         """
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         training, net = net.training, net.eval()
-        sampling = self.opt["val"]["sampling"]
-        border = sampling["border"]
+        border = self.sampling.border
         lq = self.lq * 2 - 1
         if border:
             mode = "reflect" if border < min(lq.shape[-2:]) else "replicate"
@@ -248,7 +266,7 @@ class UCDIRModel(SRModel):
             return torch.stack(streams)
 
         residual = samplers.ddpm(
-            lambda x, level: net.denoise(x, level, lq, initial), self.sampling_schedule(), noise, sampling["clip_x0"]
+            lambda x, level: net.denoise(x, level, lq, initial), self.sampling_schedule(), noise, self.sampling.clip_x0
         )
         inner = (..., slice(border, lq.shape[-2] - border), slice(border, lq.shape[-1] - border))
         self.initial = (initial[inner] + 1) / 2
