@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_checkpoint import Hostile
 
+from ucdir_plugin.options import check_options
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -335,9 +337,8 @@ def test_foreign_models_resume_exactly_too(workplace):
 def test_under_basicsrs_own_loop(workplace):
     """The model trains, validates and resumes when a user's script calls basicsr.train itself."""
     options = merged(TINY, {"datasets": {"train": {"batch_size_per_gpu": 2}}})  # its loader drops incomplete batches
-    path = workplace.write(
-        merged(options, {"scale": 1, "num_gpu": 0, "manual_seed": 0, "path": {}, "logger": {"use_tb_logger": False}})
-    )
+    complete = merged(check_options(options, True), {"num_gpu": 0, "diffusion": None, "val": {"sampling": None}})
+    path = workplace.write(complete)  # without what only this package knows
     script = workplace.folder / "own_train.py"
     script.write_text(
         "import sys, ucdir_plugin\nfrom basicsr.train import train_pipeline\n"

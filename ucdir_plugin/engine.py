@@ -30,7 +30,7 @@ from basicsr.utils.options import dict2str
 import ucdir_plugin
 from ucdir_plugin import compat, report
 from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
-from ucdir_plugin.data.loader import EndlessSampler, seed_cpu, training_loader
+from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import load_options
@@ -306,6 +306,7 @@ def train(args: argparse.Namespace) -> int:
         model.save(epoch=-1, current_iter=-1)
         validation(iteration)
     finally:
+        close(prefetcher.loader)
         if tb_logger:
             tb_logger.close()
     return 0

@@ -77,9 +77,19 @@ class KeyedDataset(Dataset):
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach the workers too; the trainer still needs them to finish its step."""
+    """Ctrl-C and a cluster's SIGTERM reach the workers too; the trainer still needs them to finish its step.
+
+    So it has to end them itself: :func:`close`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def close(iterator: Iterator) -> None:
+    """End the workers of a loader's iterator, also after an error (at exit, Python would wait for them for ever)."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def training_loader(dataset: Dataset, opt: dict, sampler: EndlessSampler) -> DataLoader:

@@ -79,9 +79,8 @@ class PairedRestorationDataset(Dataset):
         self.client: FileClient | None = None
         self.backend = dict(opt["io_backend"])
         if self.backend.get("type") not in ("disk", "lmdb"):
-            raise UserError(
-                f"option datasets: {opt['name']}: io_backend: type {self.backend.get('type')!r}; use disk or lmdb"
-            )
+            kind = self.backend.get("type")
+            raise UserError(f"option datasets: {opt['name']}: io_backend: there is no type {kind!r}; use disk or lmdb")
         if gt is None:
             names = list_images(lq, f"option datasets: {opt['name']}: dataroot_lq")
             self.pairs = [(name, os.path.join(lq, name), None) for name in names]
