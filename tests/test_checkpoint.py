@@ -31,6 +31,20 @@ def test_atomic_save_leaves_the_old_file_when_it_fails(tmp_path):
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
+def test_nothing_but_a_rename_touches_the_target(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    checkpoint.atomic_save({"x": torch.zeros(2)}, path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.atomic_save({"x": torch.ones(2)}, path)
+    torch.testing.assert_close(weights.read_checkpoint(path)["x"], torch.zeros(2))
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
 def test_a_failed_save_names_the_path_and_the_space(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/a.pth: .*"):

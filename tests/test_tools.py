@@ -89,6 +89,7 @@ def undisturbed(tmp_path_factory):
 
     place = Workplace(tmp_path_factory.mktemp("undisturbed"))
     options = merged(TINY, {"train": {"total_iter": 12}, "logger": {"save_checkpoint_freq": 3, "print_freq": 4}})
+    options["network_g"]["denoiser"]["dropout"] = 0.1  # draws from the global generator at every step
     assert place.run("train.py", "-opt", place.write(options)).returncode == 0
     return place, options
 
