@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ucdir_plugin", "ucdir_plugin.*"]),
+    package_data={"ucdir_plugin.archs": ["akgm.cpp"]},
     python_requires=">=3.9,<3.13",
     install_requires=[
         "torch>=2.6",
@@ -33,6 +34,7 @@ setup(
         "pyyaml>=6.0",
         "addict>=2.4",
         "tqdm>=4.60",
+        "ninja>=1.10",  # with which torch builds the compiled AKGM, where there is a compiler
     ],
     extras_require={
         "dev": ["pytest>=7.4", "ruff==0.17.6"],

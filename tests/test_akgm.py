@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ucdir_plugin.archs import akgm
-from ucdir_plugin.archs.akgm import adaptive_kernel_conv, adaptive_kernel_conv_loop
+from ucdir_plugin.archs import akgm, akgm_compiled, akgm_tiled
+from ucdir_plugin.archs.akgm import adaptive_kernel_conv
 
 # (B, C, N, H, W): tiny, one channel per group, one base; strips of rows, several images in a tile, rows beyond a tile; wide.
 SHAPES = [
@@ -57,22 +61,36 @@ def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@pytest.fixture(params=["compiled", "tiled", "loop"])
+def implementation(request, monkeypatch):
+    """Each implementation in turn, in whatever way the inputs would be sent."""
+    if request.param == "compiled" and not akgm_compiled.available():
+        pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
+    module = {"compiled": akgm_compiled, "tiled": akgm_tiled, "loop": None}[request.param]
+    monkeypatch.setattr(akgm, "choose", lambda x, bases: module)
+    return request.param
+
+
+@pytest.fixture
+def tiled(monkeypatch):
+    monkeypatch.setattr(akgm, "choose", lambda x, bases: akgm_tiled)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several strips, several images and uneven chunks of groups on small inputs."""
-    monkeypatch.setattr(akgm, "TILE_POSITIONS", 20)
-    monkeypatch.setattr(akgm, "TILE_ELEMENTS", 1500)
+    monkeypatch.setattr(akgm_tiled, "TILE_POSITIONS", 20)
+    monkeypatch.setattr(akgm_tiled, "TILE_ELEMENTS", 1500)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("function", [adaptive_kernel_conv, adaptive_kernel_conv_loop])
-def test_equals_equation_2(function, shape):
+def test_equals_equation_2(shape, implementation):
     inputs = operands(*shape)
-    torch.testing.assert_close(function(*inputs), literal(*inputs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adaptive_kernel_conv(*inputs), literal(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_equal_those_of_equation_2(shape):
+def test_gradients_equal_those_of_equation_2(shape, implementation):
     inputs = operands(*shape, requires_grad=True)
     grad_y = torch.randn(shape[0], shape[1], *shape[3:], generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad(adaptive_kernel_conv(*inputs), inputs, grad_y)
@@ -82,7 +100,7 @@ def test_gradients_equal_those_of_equation_2(shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 5, 7), (2, 16, 4, 3, 5), (3, 16, 4, 1, 1), (5, 8, 8, 2, 3)], ids=str)
-def test_gradcheck(shape, small_tiles):
+def test_gradcheck(shape, implementation, small_tiles):
     inputs = operands(*shape, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(adaptive_kernel_conv(*inputs), literal(*inputs), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(adaptive_kernel_conv, inputs, fast_mode=True)
@@ -104,7 +122,7 @@ def test_second_derivative():
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[1:], ids=str)
-def test_only_the_gradients_asked_for(needs, small_tiles):
+def test_only_the_gradients_asked_for(needs, implementation, small_tiles):
     inputs = operands(3, 8, 4, 5, 7)
     for tensor, need in zip(inputs, needs):
         tensor.requires_grad_(need)
@@ -115,7 +133,7 @@ def test_only_the_gradients_asked_for(needs, small_tiles):
         assert relative_error(a, b) < 1e-4
 
 
-def test_any_strides(small_tiles):
+def test_any_strides(implementation, small_tiles):
     """Channels-last x and gradient, transposed weight and mix."""
     x, weight, bias, mix = operands(2, 16, 4, 6, 9)
     strided = [
@@ -136,7 +154,7 @@ def test_any_strides(small_tiles):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_images_do_not_touch():
+def test_images_do_not_touch(implementation):
     """Several small images share a tile."""
     inputs = operands(5, 16, 8, 6, 6)
     x, weight, bias, mix = inputs
@@ -145,7 +163,7 @@ def test_images_do_not_touch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype):
+def test_autocast(dtype, implementation):
     inputs = operands(2, 16, 4, 12, 11, requires_grad=True)
     reference = literal(*inputs)
     grad_y = torch.randn_like(reference)
@@ -183,12 +201,12 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_memory(train):
+def test_memory(train, tiled):
     """Nothing is larger than the input or one tile's scratch, and nothing but the inputs is kept for backward."""
     shape = (2, 16, 8, 256, 200)
     inputs = operands(*shape, requires_grad=train)
     size = inputs[0].numel()
-    assert 8 * size > 5 * akgm.TILE_ELEMENTS
+    assert 8 * size > 5 * akgm_tiled.TILE_ELEMENTS
     saved = set()
 
     def keep(tensor):
@@ -200,7 +218,7 @@ def test_memory(train):
             y = adaptive_kernel_conv(*inputs)
         if train:
             y.sum().backward()
-    assert size <= largest.elements <= max(size, akgm.TILE_ELEMENTS)
+    assert size <= largest.elements <= max(size, akgm_tiled.TILE_ELEMENTS)
     assert saved == ({t.data_ptr() for t in inputs} if train else set())
 
 
@@ -208,13 +226,82 @@ def test_memory(train):
     ("shape", "loop"), [((1, 256, 8, 32, 64), True), ((1, 256, 8, 33, 64), False), ((1, 248, 8, 9, 9), False)], ids=str
 )
 def test_loop_for_wide_small_inputs(shape, loop, monkeypatch):
+    monkeypatch.setattr(akgm_compiled, "available", lambda: False)
     calls = []
     monkeypatch.setattr(akgm, "adaptive_kernel_conv_loop", lambda *inputs: calls.append(inputs))
     adaptive_kernel_conv(*operands(*shape))
     assert bool(calls) == loop
 
 
-def test_empty_batch():
+def test_torch_compile(implementation, small_tiles):
+    inputs = operands(2, 16, 8, 5, 6, requires_grad=True)
+    compiled = torch.compile(adaptive_kernel_conv, backend="aot_eager", fullgraph=True)
+    y, expected = compiled(*inputs), literal(*inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(t.square().sum(), inputs) for t in (y, expected))):
+        assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+def test_each_instruction_set(capability):
+    """In a process of its own, which builds for this capability unless the library is cached."""
+    if not akgm_compiled.available():
+        pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
+    if capability == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this CPU has no AVX-512")
+    script = """
+import torch
+from test_akgm import SHAPES, literal, operands, relative_error
+from ucdir_plugin.archs import akgm_compiled
+assert akgm_compiled.available()
+for shape in SHAPES:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = operands(*shape, requires_grad=True)
+        expected = literal(*inputs)
+        grad_y = torch.randn_like(expected)
+        gradients = torch.autograd.grad(expected, inputs, grad_y)
+        x, weight, bias, mix = (t.detach() for t in inputs)
+        x, mix = x.to(memory_format=layout), mix.to(memory_format=layout)
+        assert relative_error(akgm_compiled.forward(x, weight, bias, mix), expected) < 1e-5
+        found = akgm_compiled.backward(grad_y, x, weight, bias, mix, (True,) * 4)
+        assert max(map(relative_error, found, gradients)) < 1e-4
+print(torch.backends.cpu.get_cpu_capability().lower(), "equal")
+"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout == f"{capability} equal\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no-such-compiler"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "needs Linux and one of AVX2, AVX512"),
+        ({"TORCH_EXTENSIONS_DIR": "/dev/null"}, "Not a directory"),
+        ({"UCDIR_COMPILE": "0"}, ""),
+    ],
+    ids=lambda v: "",
+)
+def test_without_a_compiler(environment, reason, tmp_path):
+    """The plain path, one line that says why (none if it was asked for), and nothing left behind."""
+    script = """
+import torch
+from test_akgm import literal, operands
+from ucdir_plugin.archs.akgm import adaptive_kernel_conv
+inputs = operands(2, 16, 8, 5, 6)
+for _ in range(2):
+    torch.testing.assert_close(adaptive_kernel_conv(*inputs), literal(*inputs), rtol=1e-5, atol=1e-5)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "plain PyTorch" in line]
+    assert len(warnings) == bool(reason)
+    assert all(reason in line for line in warnings)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "ucdir_plugin"]
+
+
+def test_empty_batch(implementation):
     inputs = operands(0, 16, 8, 5, 5, requires_grad=True)
     y = adaptive_kernel_conv(*inputs)
     assert y.shape == inputs[0].shape
@@ -232,9 +319,6 @@ def test_transforms_and_tracing():
     tangents = [torch.randn_like(t) for t in inputs]
     _, found = torch.func.jvp(adaptive_kernel_conv, tuple(inputs), tuple(tangents))
     torch.testing.assert_close(found, torch.func.jvp(literal, tuple(inputs), tuple(tangents))[1], rtol=1e-4, atol=1e-4)
-
-    compiled = torch.compile(adaptive_kernel_conv, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-5, atol=1e-5)
 
     traced = torch.jit.trace(adaptive_kernel_conv, inputs)
     larger = operands(3, 8, 4, 7, 9)

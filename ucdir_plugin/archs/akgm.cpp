@@ -1,0 +1,631 @@
+// Adaptive kernel convolution (UCDIR, eq. 2) for CPUs, forward and backward. See akgm.py for the notation.
+//
+// A strip is some rows of one image, stored per channel with one zero behind each row, so that a neighbour at (dy, dx)
+// is always dy * pitch + dx further on (pitch = width + 1) and vectors of positions run across row ends. Registers hold
+// the N basis responses of a few vectors of positions: the C * N channels never reach memory. Vectors are those of the
+// compiler (GCC, Clang), their length follows the instruction set that it is told to use.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, MAX_BASES = 8;  // 32 registers
+#elif defined(__AVX__)
+constexpr int BYTES = 32, MAX_BASES = 4;  // 16 registers
+#else
+#error "needs AVX2 or AVX-512"
+#endif
+
+template <typename T>
+struct Vector {
+  static constexpr long lanes = BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(BYTES)));
+};
+template <typename T>
+using Vec = typename Vector<T>::type;
+// memcpy, since type deduction loses the attribute of a type that need not be aligned.
+template <typename T, typename V = Vec<T>>
+INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename T, typename V>
+INLINE void store(T* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+// The compiler would read an operand that is used twice from memory twice; the load ports are the bottleneck then.
+template <typename V>
+INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE 1
+#endif
+#endif
+
+template <typename T>
+T total(Vec<T> v) {
+  T sum = 0;
+  for (long i = 0; i < Vector<T>::lanes; i++) sum += v[i];
+  return sum;
+}
+
+// out[i] = sum of the lanes of v[i]; v is destroyed.
+template <int COUNT, typename V, typename T>
+INLINE void totals(V* v, T* out) {
+  for (int i = 0; i < COUNT; i++) out[i] = total<T>(v[i]);
+}
+#if HAS_SHUFFLE
+// Half the lanes of a and b each: sums of neighbours.
+INLINE Vec<float> halve(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+template <int COUNT>
+INLINE void totals(Vec<float>* v, float* out) {
+  constexpr int L = Vector<float>::lanes, NOW = COUNT < L ? COUNT : L;
+#pragma GCC unroll 4
+  for (int width = 1; width < L; width *= 2)  // v[i width] holds the sums of `width` vectors
+#pragma GCC unroll 16
+    for (int i = 0; i < NOW; i += 2 * width) v[i] = halve(v[i], i + width < NOW ? v[i + width] : v[i]);
+  for (int i = 0; i < NOW; i++) out[i] = v[0][i];
+  if constexpr (COUNT > L) totals<COUNT - L>(v + L, out + L);
+}
+#endif
+
+long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+long ceil_div(long n, long d) { return (n + d - 1) / d; }
+
+int threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// Memory that each thread keeps between calls: fresh pages would cost more than the work on small inputs.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  template <typename T>
+  T* get(long elements) {
+    const size_t bytes = round_up(elements * sizeof(T), 64);
+    if (bytes > size_) {
+      std::free(memory_);
+      memory_ = std::aligned_alloc(64, bytes);
+      size_ = memory_ ? bytes : 0;
+    }
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
+thread_local Scratch worker_scratch, weight_scratch;
+
+// Calls body(item, scratch) for each item; false where memory is short.
+template <typename T, typename Body>
+bool parallel(long items, long elements, Body body) {
+  std::atomic<bool> good{true};
+#pragma omp parallel if (items > 1)
+  {
+    T* scratch = worker_scratch.get<T>(elements);
+    if (!scratch) good = false;
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < items; item++)
+      if (scratch) body(item, scratch);
+  }
+  return good;
+}
+
+// dst[j][i] (or +=) src[i][j]
+template <typename T>
+INLINE void transpose_plain(const T* src, long src_ld, T* dst, long dst_ld, long rows, long cols, bool add) {
+  for (long j = 0; j < cols; j++)
+    for (long i = 0; i < rows; i++) dst[j * dst_ld + i] = src[i * src_ld + j] + (add ? dst[j * dst_ld + i] : T(0));
+}
+
+#if HAS_SHUFFLE
+typedef float Eight __attribute__((vector_size(32)));
+
+INLINE void transpose_eight(const float* src, long src_ld, float* dst, long dst_ld, bool add) {
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = load<float, Eight>(src + i * src_ld);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int j = 0; j < 4; j++) {
+    Eight low = __builtin_shufflevector(a[j], a[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    Eight high = __builtin_shufflevector(a[j], a[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    float *p = dst + j * dst_ld, *q = dst + (j + 4) * dst_ld;
+    store(p, add ? load<float, Eight>(p) + low : low);
+    store(q, add ? load<float, Eight>(q) + high : high);
+  }
+}
+#endif
+
+template <typename T>
+void transpose(const T* src, long src_ld, T* dst, long dst_ld, long rows, long cols, bool add = false) {
+  transpose_plain(src, src_ld, dst, dst_ld, rows, cols, add);
+}
+#if HAS_SHUFFLE
+template <>
+void transpose<float>(const float* src, long src_ld, float* dst, long dst_ld, long rows, long cols, bool add) {
+  const long r = rows / 8 * 8, c = cols / 8 * 8;
+  for (long i = 0; i < r; i += 8)
+    for (long j = 0; j < c; j += 8) transpose_eight(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld, add);
+  if (c < cols) transpose_plain(src + c, src_ld, dst + c * dst_ld, dst_ld, r, cols - c, add);
+  if (r < rows) transpose_plain(src + r * src_ld, src_ld, dst + r, dst_ld, rows - r, cols, add);
+}
+#endif
+
+struct Shape {
+  long batch, channels, bases, height, width;
+  long per_group() const { return channels / bases; }
+  long pitch() const { return width + 1; }
+  // Groups that are handled together: of channels-last memory whole cache lines are read.
+  long chunk() const { return ceil_div(bases, std::max(1L, std::min(bases, channels / 16))); }
+  long chunks() const { return ceil_div(bases, chunk()); }
+};
+
+// A (B, C, H, W) tensor, contiguous or channels-last.
+template <typename T>
+struct Image {
+  T* data;
+  long channels, height, width;
+  bool channels_last;
+
+  // Rows [top, bottom) of channels [first, first + count) -> planes, zeros beyond the image and behind each row.
+  using Value = std::remove_const_t<T>;
+  void pack(long image, long first, long count, long top, long bottom, Value* planes, long stride) const {
+    const long pitch = width + 1;
+    for (long row = top; row < bottom; row++) {
+      Value* dst = planes + (row - top) * pitch;
+      if (row < 0 || row >= height) {
+        for (long ch = 0; ch < count; ch++) std::memset(dst + ch * stride, 0, pitch * sizeof(T));
+        continue;
+      }
+      if (channels_last)
+        transpose<Value>(data + ((image * height + row) * width) * channels + first, channels, dst, stride, width, count);
+      else
+        for (long ch = 0; ch < count; ch++)
+          std::memcpy(dst + ch * stride, data + ((image * channels + first + ch) * height + row) * width, width * sizeof(T));
+      for (long ch = 0; ch < count; ch++) dst[ch * stride + width] = 0;
+    }
+  }
+
+  // The opposite for one row that lies in the image.
+  void unpack(long image, long first, long count, long row, const T* planes, long stride, bool add = false) const {
+    if (channels_last) {
+      transpose(planes, stride, data + ((image * height + row) * width) * channels + first, channels, count, width, add);
+      return;
+    }
+    for (long ch = 0; ch < count; ch++) {
+      T* dst = data + ((image * channels + first + ch) * height + row) * width;
+      const T* src = planes + ch * stride;
+      for (long i = 0; i < width; i++) dst[i] = src[i] + (add ? dst[i] : T(0));
+    }
+  }
+};
+
+template <typename T>
+void clear_ends(T* planes, long count, long stride, long begin, long end) {
+  for (long ch = 0; ch < count; ch++) {
+    std::memset(planes + ch * stride, 0, begin * sizeof(T));
+    std::memset(planes + ch * stride + end, 0, (stride - end) * sizeof(T));
+  }
+}
+
+// Length of a plane for so many positions: room for whole vectors, and no power of two, which would strain the cache.
+template <typename T>
+long plane(long positions) {
+  return round_up(positions + 4 * Vector<T>::lanes, 2 * Vector<T>::lanes) + Vector<T>::lanes;
+}
+
+// Rows of a strip: equal strips, in which so many elements a position stay in the second-level cache.
+long strip_rows(const Shape& s, long elements) {
+  return ceil_div(s.height, ceil_div(s.height, std::max(1L, 100000 / (elements * s.pitch()))));
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+// y = sum_n mix[n] (bias[n] + sum_k w[k][n] x[k]) of one group at VECTORS vectors of positions.
+template <typename T, int BASES, int VECTORS>
+void mix_bases(const T* x, long x_stride, long pitch, const T* w, const T* bias, long bases, const T* mix, T* y,
+               long stride, long per_group) {
+  constexpr long L = Vector<T>::lanes;
+  for (long co = 0; co < per_group; co++)
+    for (long first = 0; first < bases; first += BASES) {
+      Vec<T> z[BASES][VECTORS];
+#pragma GCC unroll 8
+      for (int n = 0; n < BASES; n++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) z[n][v] = bias[co * bases + first + n] - Vec<T>{};
+      const T* plane = x - pitch - 1;
+      for (long ci = 0; ci < per_group; ci++, plane += x_stride) {
+        const T* row = plane;
+        for (int dy = 0; dy < 3; dy++, row += pitch)
+#pragma GCC unroll 3
+          for (int dx = 0; dx < 3; dx++, w += BASES) {
+            Vec<T> xv[VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) xv[v] = load(row + dx + v * L);
+#pragma GCC unroll 8
+            for (int n = 0; n < BASES; n++) {
+              const Vec<T> wn = in_register(w[n] - Vec<T>{});
+#pragma GCC unroll 8
+              for (int v = 0; v < VECTORS; v++) z[n][v] += wn * xv[v];
+            }
+          }
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) {
+        T* to = y + co * stride + v * L;
+        Vec<T> even = first > 0 ? load(to) : Vec<T>{}, odd = {};
+#pragma GCC unroll 8
+        for (int n = 0; n < BASES; n++) (n % 2 ? odd : even) += load(mix + (first + n) * stride + v * L) * z[n][v];
+        store(to, even + odd);
+      }
+    }
+}
+
+// Weights (C N, c, 3, 3) -> output channels: blocks of BASES bases: k: bases.
+template <typename T, int BASES>
+void pack_weights(const Shape& s, const T* weight, T* out) {
+  const long k = 9 * s.per_group(), blocks = s.channels * s.bases / BASES;
+#pragma omp parallel for
+  for (long i = 0; i < blocks; i++) transpose(weight + i * k * BASES, k, out + i * k * BASES, BASES, BASES, k);
+}
+
+template <typename T, int BASES>
+bool forward(const Shape& s, const Image<const T>& x, const T* weight, const T* bias, const Image<const T>& mix,
+             const Image<T>& y) {
+  constexpr long L = Vector<T>::lanes;
+  const long c = s.per_group(), k = 9 * c, pitch = s.pitch();
+  const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c;
+  const long rows = strip_rows(s, 2 * width + s.bases), strips = ceil_div(s.height, rows);
+  const long lead = L, x_stride = plane<T>(lead + (rows + 2) * pitch), stride = plane<T>(rows * pitch);
+  T* packed = weight_scratch.get<T>(s.channels * k * s.bases);
+  if (!packed) return false;
+  pack_weights<T, BASES>(s, weight, packed);
+  // The chunks of a strip share its mix, unless there are too few strips for all threads.
+  const long shares = s.batch * strips >= 3 * threads() ? 1 : chunks;
+  return parallel<T>(
+      s.batch * strips * shares, width * x_stride + (width + s.bases) * stride, [&](long item, T* scratch) {
+        const long share = item % shares, image = item / shares / strips, top = item / shares % strips * rows;
+        const long bottom = std::min(s.height, top + rows), vectors = ceil_div((bottom - top) * pitch, L);
+        T *xs = scratch, *ms = xs + width * x_stride, *ys = ms + s.bases * stride;
+        mix.pack(image, 0, s.bases, top, bottom, ms, stride);
+        clear_ends(ms, s.bases, stride, 0, (bottom - top) * pitch);
+        for (long first = share * chunk; first < s.bases; first += shares * chunk) {
+          const long groups = std::min(chunk, s.bases - first);
+          x.pack(image, first * c, groups * c, top - 1, bottom + 1, xs + lead, x_stride);
+          clear_ends(xs, groups * c, x_stride, lead, lead + (bottom - top + 2) * pitch);
+          for (long g = 0; g < groups; g++)
+            for (long v = 0; v < vectors;) {
+              const long left = vectors - v, take = left == 4 ? 2 : std::min(left, 3L);
+              const auto block = take == 3 ? mix_bases<T, BASES, 3> : take == 2 ? mix_bases<T, BASES, 2> : mix_bases<T, BASES, 1>;
+              block(xs + g * c * x_stride + lead + pitch + v * L, x_stride, pitch, packed + (first + g) * c * k * s.bases,
+                    bias + (first + g) * c * s.bases, s.bases, ms + v * L, ys + g * c * stride + v * L, stride, c);
+              v += take;
+            }
+          for (long row = top; row < bottom; row++)
+            y.unpack(image, first * c, groups * c, row, ys + (row - top) * pitch, stride);
+        }
+      });
+}
+
+// --------------------------------------------------------------------------------- backward: gradients of x and mix
+
+// With U[n][k] = sum_co w[k][co][n] gy[co]: column[k] (+)= sum_n mix[n] U[n][k] and grad_mix[n] += sum_k x[k] U[n][k],
+// for the nine k of one input channel.
+template <typename T, int BASES, int FEW>
+void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix, const T* gy, long stride,
+                         T* columns, long column_stride, long per_group, long vectors, bool add) {
+  constexpr long L = Vector<T>::lanes;
+  for (long v = 0; v < vectors; v++, x += L, mix += L, grad_mix += L, gy += L, columns += L) {
+    Vec<T> m[BASES], gm[BASES];
+#pragma GCC unroll 8
+    for (int n = 0; n < BASES; n++) m[n] = in_register(load(mix + n * stride)), gm[n] = load(grad_mix + n * stride);
+    Vec<T> g[FEW > 0 ? FEW : 1];
+#pragma GCC unroll 4
+    for (int co = 0; co < FEW; co++) g[co] = in_register(load(gy + co * stride));
+    const T *wk = w, *row = x - pitch - 1;
+    T* column = columns;
+    for (int dy = 0; dy < 3; dy++, row += pitch)
+#pragma GCC unroll 3
+      for (int dx = 0; dx < 3; dx++, column += column_stride) {
+        Vec<T> u[BASES] = {};
+        if (FEW > 0) {
+#pragma GCC unroll 4
+          for (int co = 0; co < FEW; co++, wk += BASES)
+#pragma GCC unroll 8
+            for (int n = 0; n < BASES; n++) u[n] += wk[n] * g[co];
+        } else {
+          const T* from = gy;
+#pragma GCC unroll 4
+          for (long co = 0; co < per_group; co++, wk += BASES, from += stride) {
+            const Vec<T> go = in_register(load(from));
+#pragma GCC unroll 8
+            for (int n = 0; n < BASES; n++) u[n] += wk[n] * go;
+          }
+        }
+        const Vec<T> xv = in_register(load(row + dx));
+        Vec<T> even = add ? load(column) : Vec<T>{}, odd = {};
+#pragma GCC unroll 8
+        for (int n = 0; n < BASES; n++) {
+          (n % 2 ? odd : even) += m[n] * u[n];
+          gm[n] += xv * u[n];
+        }
+        store(column, even + odd);
+      }
+#pragma GCC unroll 8
+    for (int n = 0; n < BASES; n++) store(grad_mix + n * stride, gm[n]);
+  }
+}
+
+// Weights (C N, c, 3, 3) -> per group: blocks of BASES bases: k: output channels: bases.
+template <typename T, int BASES>
+void pack_weights_back(const Shape& s, const T* weight, T* out) {
+  const long c = s.per_group(), k = 9 * c, blocks = s.bases / BASES;
+#pragma omp parallel for
+  for (long g = 0; g < s.bases; g++)
+    for (long block = 0; block < blocks; block++)
+      for (long co = 0; co < c; co++)
+        transpose(weight + ((g * c + co) * s.bases + block * BASES) * k, k,
+                  out + (g * blocks + block) * k * c * BASES + co * BASES, c * BASES, BASES, k);
+}
+
+template <typename T, int BASES>
+bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, const T* bias,
+                     const Image<const T>& mix, const Image<const T>& gy, const Image<T>& gx, const Image<T>& grad_mix,
+                     T* partial_mix, long splits) {
+  constexpr long L = Vector<T>::lanes;
+  const long c = s.per_group(), k = 9 * c, pitch = s.pitch(), blocks = s.bases / BASES;
+  const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c;
+  const long rows = strip_rows(s, 3 * width + 2 * s.bases + 9), lead = L;
+  const long x_stride = plane<T>(lead + (rows + 2) * pitch), stride = plane<T>(rows * pitch);
+  const long margin = round_up(2 * pitch + 2, L), column_stride = plane<T>(rows * pitch + 2 * margin);
+  T* packed = weight_scratch.get<T>(s.channels * k * s.bases);
+  if (!packed) return false;
+  pack_weights_back<T, BASES>(s, weight, packed);
+  const auto back = c == 1   ? back_channel<T, BASES, 1>
+                    : c == 2 ? back_channel<T, BASES, 2>
+                    : c == 3 ? back_channel<T, BASES, 3>
+                    : c == 4 ? back_channel<T, BASES, 4>
+                             : back_channel<T, BASES, 0>;
+  const long elements = 2 * width * x_stride + (width + 2 * s.bases) * stride + 9 * column_stride;
+  return parallel<T>(s.batch * splits, elements, [&](long item, T* scratch) {
+    const long image = item / splits, split = item % splits;
+    T *xs = scratch, *gxs = xs + width * x_stride, *gys = gxs + width * x_stride, *ms = gys + width * stride;
+    T *gms = ms + s.bases * stride, *columns = gms + s.bases * stride;
+    Image<T> gm_out = grad_mix;  // the chunks of one image may be shared between threads: each sums on its own
+    if (split > 0) gm_out.data = partial_mix + (split - 1) * s.batch * s.bases * s.height * s.width;
+    for (long top = 0; top < s.height; top += rows) {
+      const long bottom = std::min(s.height, top + rows), positions = (bottom - top) * pitch;
+      const long vectors = ceil_div(positions, L);
+      mix.pack(image, 0, s.bases, top, bottom, ms, stride);
+      clear_ends(ms, s.bases, stride, 0, positions);
+      std::memset(gms, 0, s.bases * stride * sizeof(T));
+      for (long which = split; which < chunks; which += splits) {
+        const long first = which * chunk, groups = std::min(chunk, s.bases - first);
+        x.pack(image, first * c, groups * c, top - 1, bottom + 1, xs + lead, x_stride);
+        clear_ends(xs, groups * c, x_stride, lead, lead + positions + 2 * pitch);
+        gy.pack(image, first * c, groups * c, top, bottom, gys, stride);
+        clear_ends(gys, groups * c, stride, 0, positions);
+        for (long g = 0; g < groups; g++) {
+          const T* gyg = gys + g * c * stride;
+          for (long n = 0; n < s.bases; n++)  // the bias' share
+            for (long co = 0; co < c; co++) {
+              const T b = bias[((first + g) * c + co) * s.bases + n];
+              for (long v = 0; v < vectors; v++) {
+                T* p = gms + n * stride + v * L;
+                store(p, load(p) + b * load(gyg + co * stride + v * L));
+              }
+            }
+          for (long ci = 0; ci < c; ci++) {
+            clear_ends(columns, 9, column_stride, margin, margin + vectors * L);
+            for (long block = 0; block < blocks; block++)
+              back(xs + (g * c + ci) * x_stride + lead + pitch, pitch,
+                                     packed + (((first + g) * blocks + block) * k + ci * 9) * c * BASES,
+                                     ms + block * BASES * stride, gms + block * BASES * stride, gyg, stride,
+                                     columns + margin, column_stride, c, vectors, block > 0);
+            T* to = gxs + (g * c + ci) * x_stride;  // rows top - 1 .. bottom
+            for (long p = 0; p < positions + 2 * pitch; p += L) {
+              Vec<T> sum = {};
+#pragma GCC unroll 9
+              for (int i = 0; i < 9; i++)
+                sum += load(columns + i * column_stride + margin + p - pitch - (i / 3 - 1) * pitch - (i % 3 - 1));
+              store(to + p, sum);
+            }
+          }
+        }
+        for (long row = std::max(0L, top - 1); row < std::min(s.height, bottom + 1); row++)
+          gx.unpack(image, first * c, groups * c, row, gxs + (row - top + 1) * pitch, x_stride, top > 0 && row <= top);
+      }
+      for (long row = top; row < bottom; row++)
+        gm_out.unpack(image, 0, s.bases, row, gms + (row - top) * pitch, stride);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------ backward: gradients of weight and bias
+
+// grad[n][ci][k] += sum_p gz[n][p] x[ci][k][p] for BASES bases, INPUTS input channels and the three k of one row.
+template <typename T, int BASES, int INPUTS>
+INLINE void outer(const T* row, long channel_stride, long x_segment, const T* gz, long gz_stride, long gz_segment,
+                  long segments, long vectors, T* grad, long grad_stride) {
+  constexpr long L = Vector<T>::lanes;
+  Vec<T> sums[BASES * INPUTS * 3] = {};
+  for (long i = 0; i < segments; i++) {
+    const T *x = row + i * x_segment, *z = gz + i * gz_segment;
+    for (long v = 0; v < vectors; v++, x += L, z += L) {
+      Vec<T> zn[BASES];
+#pragma GCC unroll 4
+      for (int n = 0; n < BASES; n++) zn[n] = load(z + n * gz_stride);
+#pragma GCC unroll 2
+      for (int ci = 0; ci < INPUTS; ci++)
+#pragma GCC unroll 3
+        for (int dx = 0; dx < 3; dx++) {
+          const Vec<T> xv = in_register(load(x + ci * channel_stride + dx));
+#pragma GCC unroll 4
+          for (int n = 0; n < BASES; n++) sums[(n * INPUTS + ci) * 3 + dx] += zn[n] * xv;
+        }
+    }
+  }
+  T found[BASES * INPUTS * 3];
+  totals<BASES * INPUTS * 3>(sums, found);
+  for (int n = 0; n < BASES; n++)
+    for (int ci = 0; ci < INPUTS; ci++)
+      for (int dx = 0; dx < 3; dx++) grad[n * grad_stride + ci * 9 + dx] += found[(n * INPUTS + ci) * 3 + dx];
+}
+
+// Gradients into grad (splits, C N, 9 c) and grad_bias (splits, C N), zero at first; split i takes every i-th strip.
+template <typename T, int BASES>
+bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const T>& mix, const Image<const T>& gy,
+                      T* grad, T* grad_bias, long splits) {
+  constexpr long L = Vector<T>::lanes, POSITIONS = 1024;
+  const long c = s.per_group(), k = 9 * c, pitch = s.pitch();
+  const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c;
+  const long rows = std::max(1L, std::min(s.height, POSITIONS / pitch)), strips = ceil_div(s.height, rows);
+  const long images = std::max(1L, std::min(s.batch, POSITIONS / (s.height * pitch)));
+  const long tiles = ceil_div(s.batch, images) * strips, lead = L;
+  const long x_segment = plane<T>(lead + (rows + 2) * pitch), segment = round_up(rows * pitch, L);
+  const long x_stride = images * x_segment, stride = plane<T>(images * segment);
+  const long elements = width * x_stride + (width + s.bases + BASES) * stride;
+  return parallel<T>(chunks * splits, elements, [&](long item, T* scratch) {
+    const long first = item / splits * chunk, groups = std::min(chunk, s.bases - first), split = item % splits;
+    T *xs = scratch, *gys = xs + width * x_stride, *ms = gys + width * stride, *gz = ms + s.bases * stride;
+    for (long tile = split; tile < tiles; tile += splits) {
+      const long start = tile / strips * images, segments = std::min(images, s.batch - start);
+      const long top = tile % strips * rows, bottom = std::min(s.height, top + rows);
+      const long positions = (bottom - top) * pitch, vectors = ceil_div(positions, L);
+      for (long i = 0; i < segments; i++) {
+        T* p = xs + i * x_segment;
+        x.pack(start + i, first * c, groups * c, top - 1, bottom + 1, p + lead, x_stride);
+        for (long ch = 0; ch < groups * c; ch++) clear_ends(p + ch * x_stride, 1, x_segment, lead, lead + positions + 2 * pitch);
+        gy.pack(start + i, first * c, groups * c, top, bottom, gys + i * segment, stride);
+        mix.pack(start + i, 0, s.bases, top, bottom, ms + i * segment, stride);
+        for (long ch = 0; ch < groups * c; ch++)
+          std::memset(gys + ch * stride + i * segment + positions, 0, (vectors * L - positions) * sizeof(T));
+        for (long n = 0; n < s.bases; n++)
+          std::memset(ms + n * stride + i * segment + positions, 0, (vectors * L - positions) * sizeof(T));
+      }
+      for (long g = 0; g < groups; g++)
+        for (long co = 0; co < c; co++) {
+          const long output = (first + g) * c + co;
+          for (long n = 0; n < s.bases; n += BASES) {
+            for (long j = 0; j < BASES; j++) {
+              Vec<T> sum = {};
+              for (long i = 0; i < segments; i++)
+                for (long v = 0; v < vectors; v++) {
+                  const long at = i * segment + v * L;
+                  const Vec<T> z = load(gys + (g * c + co) * stride + at) * load(ms + (n + j) * stride + at);
+                  store(gz + j * stride + at, z);
+                  sum += z;
+                }
+              grad_bias[split * s.channels * s.bases + output * s.bases + n + j] += total<T>(sum);
+            }
+            T* to = grad + ((split * s.channels + output) * s.bases + n) * k;
+            for (long ci = 0; ci < c; ci += 2)
+              for (long dy = 0; dy < 3; dy++) {
+                const T* row = xs + (g * c + ci) * x_stride + lead + dy * pitch - 1;
+                if (ci + 1 < c)
+                  outer<T, BASES, 2>(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
+                else
+                  outer<T, BASES, 1>(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
+              }
+          }
+        }
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------ entries
+
+template <typename T>
+int run_forward(const Shape& s, const T* x, const T* weight, const T* bias, const T* mix, T* y, int x_last, int mix_last) {
+  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0}, mi{mix, s.bases, s.height, s.width, mix_last != 0};
+  const Image<T> yi{y, s.channels, s.height, s.width, x_last != 0};
+  if (MAX_BASES == 8 && s.bases % 8 == 0) return !forward<T, MAX_BASES>(s, xi, weight, bias, mi, yi);
+  if (s.bases % 4 == 0) return !forward<T, 4>(s, xi, weight, bias, mi, yi);
+  if (s.bases % 2 == 0) return !forward<T, 2>(s, xi, weight, bias, mi, yi);
+  return !forward<T, 1>(s, xi, weight, bias, mi, yi);
+}
+
+template <typename T>
+int run_backward(const Shape& s, const T* x, const T* weight, const T* bias, const T* mix, const T* gy, T* gx, T* gw,
+                 T* gb, T* gm, T* partial_mix, long mix_splits, long weight_splits, int x_last, int mix_last) {
+  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0}, mi{mix, s.bases, s.height, s.width, mix_last != 0};
+  const Image<const T> gyi{gy, s.channels, s.height, s.width, x_last != 0};
+  const Image<T> gxi{gx, s.channels, s.height, s.width, x_last != 0}, gmi{gm, s.bases, s.height, s.width, mix_last != 0};
+  bool good = true;
+  if (gw && MAX_BASES == 8 && s.bases % 4 == 0)
+    good = backward_weights<T, MAX_BASES / 2>(s, xi, mi, gyi, gw, gb, weight_splits);
+  else if (gw && s.bases % 2 == 0)
+    good = backward_weights<T, 2>(s, xi, mi, gyi, gw, gb, weight_splits);
+  else if (gw)
+    good = backward_weights<T, 1>(s, xi, mi, gyi, gw, gb, weight_splits);
+  if (!gx || !good) return !good;
+  if (MAX_BASES == 8 && s.bases % 8 == 0)
+    return !backward_inputs<T, MAX_BASES>(s, xi, weight, bias, mi, gyi, gxi, gmi, partial_mix, mix_splits);
+  if (s.bases % 4 == 0) return !backward_inputs<T, 4>(s, xi, weight, bias, mi, gyi, gxi, gmi, partial_mix, mix_splits);
+  if (s.bases % 2 == 0) return !backward_inputs<T, 2>(s, xi, weight, bias, mi, gyi, gxi, gmi, partial_mix, mix_splits);
+  return !backward_inputs<T, 1>(s, xi, weight, bias, mi, gyi, gxi, gmi, partial_mix, mix_splits);
+}
+
+}  // namespace
+
+// Plain C functions: no header of torch, so that compiling takes seconds and no version of it can be missed. All return
+// 0, or 1 where memory is short.
+#define ENTRIES(T, SUFFIX)                                                                                            \
+  extern "C" int akgm_forward_##SUFFIX(long batch, long channels, long bases, long height, long width, const T* x,    \
+                                       const T* weight, const T* bias, const T* mix, T* y, int x_last, int mix_last) { \
+    return run_forward<T>({batch, channels, bases, height, width}, x, weight, bias, mix, y, x_last, mix_last);         \
+  }                                                                                                                   \
+  extern "C" int akgm_backward_##SUFFIX(long batch, long channels, long bases, long height, long width, const T* x,   \
+                                        const T* weight, const T* bias, const T* mix, const T* gy, T* gx, T* gw, T* gb, \
+                                        T* gm, T* partial_mix, long mix_splits, long weight_splits, int x_last,        \
+                                        int mix_last) {                                                               \
+    return run_backward<T>({batch, channels, bases, height, width}, x, weight, bias, mix, gy, gx, gw, gb, gm,         \
+                           partial_mix, mix_splits, weight_splits, x_last, mix_last);                                 \
+  }
+ENTRIES(float, f32)
+ENTRIES(double, f64)
+
+// How many ways the two passes of the backward are split: the caller brings the memory for the sums.
+extern "C" void akgm_splits(long batch, long channels, long bases, long height, long width, long* mix, long* weight) {
+  const Shape s{batch, channels, bases, height, width};
+  *mix = std::min(s.chunks(), ceil_div(threads(), batch));
+  *weight = ceil_div(threads(), s.chunks());
+}
