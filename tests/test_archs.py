@@ -51,6 +51,104 @@ def test_level_and_guide_matter():
     assert (net(x, level, guide * 0) - base).abs().max() > 1e-4
 
 
+def small_denoiser(**changes):
+    torch.manual_seed(0)
+    cfg = {**TINY_DENOISER, "channel_mults": [1, 2, 2], "attn_res": [64], **changes}
+    return UCDIRDenoiser(**{k: v for k, v in cfg.items() if k != "type"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("released_padding", [False, True])
+def test_guide_features_stand_for_the_guide(released_padding):
+    net = small_denoiser(released_padding=released_padding).eval()
+    guide = torch.randn(2, 3, 19, 30)
+    features = net.guide_features(guide)
+    for level in (torch.tensor([0.2, 0.9]), torch.tensor([0.5, 0.1])):
+        x = torch.randn(2, 6, 19, 30)
+        torch.testing.assert_close(net(x, level, features), net(x, level, guide), rtol=0, atol=0)
+    assert not torch.equal(net(x, level, net.guide_features(guide + 1)), net(x, level, guide))
+
+
+def test_sampling_computes_the_guide_once(monkeypatch):
+    net = UCDIR(denoiser=TINY_DENOISER, predictor=TINY_PREDICTOR).eval()
+    calls = []
+    guide_features = net.denoise_fn.guide_features
+    monkeypatch.setattr(net.denoise_fn, "guide_features", lambda g: calls.append(1) or guide_features(g))
+    lq, initial, x_t, level = (*torch.randn(3, 1, 3, 8, 8), torch.tensor([0.5]))
+    denoise = net.denoiser(lq, initial)
+    for _ in range(3):
+        torch.testing.assert_close(denoise(x_t, level), net.denoise_fn(torch.cat((lq, x_t), 1), level, initial))
+    assert len(calls) == 1 + 3  # once, and by each of the calls to compare with
+
+
+@torch.no_grad()
+def test_channels_last_through_the_whole_network():
+    net = small_denoiser(num_bases=4).eval()
+    layouts = {}
+
+    def look(name):
+        def hook(module, args, out):
+            if out.dim() == 4 and out.shape[1] > 1:
+                layouts[name] = out.is_contiguous(memory_format=torch.channels_last)
+
+        return hook
+
+    for name, module in net.named_modules():
+        if not name.endswith("attn") and ".attn." not in name and "noise" not in name and ".conv2" not in name:
+            module.register_forward_hook(look(name))
+    net(torch.randn(2, 6, 16, 16), torch.tensor([0.5, 0.5]), torch.randn(2, 3, 16, 16))
+    assert len(layouts) > 30
+    assert [name for name, good in layouts.items() if not good] == []
+
+
+def gradients(net):
+    x, level, guide = torch.randn(2, 6, 16, 16), torch.tensor([0.2, 0.7]), torch.randn(2, 3, 16, 16)
+    net.zero_grad()
+    out = net(x, level, guide)
+    out.square().mean().backward()
+    return out, [p.grad.clone() for p in net.parameters()]
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    results, kept = [], []
+    for use_checkpoint in (False, True):
+        net = small_denoiser(use_checkpoint=use_checkpoint, dropout=0.0)
+        torch.manual_seed(1)
+        elements = 0
+
+        def count(tensor):
+            nonlocal elements
+            elements += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            net(torch.randn(2, 6, 16, 16), torch.tensor([0.2, 0.7]), torch.randn(2, 3, 16, 16))
+        kept.append(elements)
+        torch.manual_seed(1)
+        out, grads = gradients(net)
+        results.append((out, *grads))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_torch_compile():
+    """With inductor, without a graph break: the same output and gradients."""
+    net = small_denoiser(dropout=0.0)
+    torch.manual_seed(1)
+    out, grads = gradients(net)
+    net.compile(fullgraph=True)
+    torch.manual_seed(1)
+    compiled_out, compiled_grads = gradients(net)
+    torch.testing.assert_close(compiled_out, out, rtol=1e-4, atol=1e-5)
+    for a, b in zip(compiled_grads, grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        x, level, guide = torch.randn(1, 6, 16, 16), torch.tensor([0.5]), torch.randn(1, 3, 16, 16)
+        eager = UCDIRDenoiser.forward(net, x, level, guide)
+        torch.testing.assert_close(net(x, level, net.guide_features(guide)), eager, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_denoiser_is_a_regression_network():
     net = UCDIRDenoiser(

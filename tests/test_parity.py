@@ -8,7 +8,7 @@ import torch
 from conftest import REFERENCE, reference
 
 from ucdir_plugin.archs import UCDIR, UCDIRDenoiser
-from ucdir_plugin.archs.ucdir_arch import AKGBlock
+from ucdir_plugin.archs.ucdir_arch import AKGBlock, resize
 from ucdir_plugin.diffusion import samplers
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
 from ucdir_plugin.losses import NoisePredictionLoss
@@ -48,7 +48,8 @@ def test_block(small):
     a, _ = small
     block = AKGBlock(8, 16, emb_dim=8)
     block.load_state_dict({k[len("block/") :]: v for k, v in a.items() if k.startswith("block/")})
-    torch.testing.assert_close(block(a["block_x"], a["block_emb"], a["block_guide"]), a["block_out"], **TOLERANCE)
+    features = block.guide_features(resize(a["block_guide"], a["block_x"].shape[-2:]))
+    torch.testing.assert_close(block(a["block_x"], a["block_emb"], features), a["block_out"], **TOLERANCE)
 
 
 def test_schedule(small):

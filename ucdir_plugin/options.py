@@ -119,6 +119,7 @@ class SamplingOptions(_Schema):
     rescale_end: float = Field(0.1, gt=0, lt=1)
     clip_x0: bool = True
     border: NotNegativeInt = 0
+    amp: Optional[Literal["bf16", "fp16"]] = None
 
 
 class _Typed(_Schema):
@@ -213,6 +214,7 @@ class Options(_Schema):
     diffusion: ScheduleOptions = ScheduleOptions()
     dist_params: Optional[dict] = None
     find_unused_parameters: bool = False
+    compile: bool = False
 
 
 # Of the keys in DatasetOptions, those without meaning for this package's datasets. Other datasets may have more keys.
@@ -424,7 +426,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         if steps > timesteps:
             raise UserError(f"option val:sampling:steps: {steps} is more than the schedule's {timesteps} (diffusion)")
         if not own_model:
-            del opt["diffusion"], opt["val"]["sampling"]
+            if opt["compile"]:
+                raise UserError(f"option compile is for UCDIRModel; {opt['model_type']} would ignore it")
+            del opt["diffusion"], opt["val"]["sampling"], opt["compile"]
     except UserError as err:
         raise UserError(f"{where}: {err}") from err
     return opt

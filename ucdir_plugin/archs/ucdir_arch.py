@@ -5,12 +5,14 @@ Paper: A Unified Conditional Framework for Diffusion-based Image Restoration (Zh
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.akgm import adaptive_kernel_conv
 from ucdir_plugin.archs.padding import pad_to_multiple
@@ -53,7 +55,8 @@ class AKGBlock(nn.Module):
         num_bases: kernel bases N.
 
     Shape:
-        x (B, channels, H, W), emb (B, emb_dim), guide (B, guide_channel, any, any) -> (B, out_channels, H, W).
+        x (B, channels, H, W), emb (B, emb_dim), features (B, num_bases, H, W) of :meth:`guide_features`
+        -> (B, out_channels, H, W).
     """
 
     def __init__(self, channels: int, out_channels: int, emb_dim: int, guide_channel: int = 3, num_bases: int = 8):
@@ -69,12 +72,23 @@ class AKGBlock(nn.Module):
         self.spdyconv = nn.Conv2d(out_channels, out_channels * num_bases, 3, padding=1, groups=num_bases)
         self.res_conv = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        h = self.norm2(F.silu(self.conv1(self.norm1(x))))
-        scalar = self.noise_func(emb).view(len(x), -1, 1, 1)
-        mix = self.conv2(resize(guide, h.shape[-2:])) * scalar
+    def guide_features(self, guide: torch.Tensor) -> torch.Tensor:
+        """What the block takes from the guide (paper, figure 1: G): (B, guide_channel, H, W) -> (B, num_bases, H, W).
+
+        Of the guide alone, so that it stays the same in all sampling steps.
+        """
+        return self.conv2(guide)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        h = self.norm2(_silu(self.conv1(self.norm1(x))))
+        mix = features * self.noise_func(emb).view(len(x), -1, 1, 1)
         h = adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
-        return F.silu(h) + self.res_conv(x)
+        return _silu(h) + self.res_conv(x)
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    """In place where no gradient needs x: fresh memory costs as much as the function."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def resize(guide: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -109,8 +123,8 @@ class _Level(nn.Module):
         self.res_block = AKGBlock(channels, out_channels, **block)
         self.attn = SelfAttention(out_channels) if attention else nn.Identity()
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        return self.attn(self.res_block(x, emb, guide))
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return self.attn(self.res_block(x, emb, features))
 
 
 class _Downsample(nn.Module):
@@ -152,10 +166,12 @@ class UCDIRDenoiser(nn.Module):
         residual: add the first ``out_channel`` input channels to the output, for the regression baseline; not in the
             release.
         released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
+        use_checkpoint: compute each block again in the backward pass instead of keeping what is in it: much less
+            memory, about a third more time.
 
     Shape:
-        x (B, in_channel, H, W), noise_level (B,) in (0, 1], guide (B, guide_channel, H, W)
-        -> (B, out_channel, H, W); any size. Range: [-1, 1] images in, noise out.
+        x (B, in_channel, H, W), noise_level (B,) in (0, 1], guide (B, guide_channel, H, W) or what
+        :meth:`guide_features` makes of it -> (B, out_channel, H, W); any size. Range: [-1, 1] images in, noise out.
     """
 
     value_range = (-1.0, 1.0)
@@ -174,6 +190,7 @@ class UCDIRDenoiser(nn.Module):
         dropout: float = 0.1,
         residual: bool = False,
         released_padding: bool = False,
+        use_checkpoint: bool = False,
     ):
         super().__init__()
         at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases)
@@ -184,7 +201,8 @@ class UCDIRDenoiser(nn.Module):
         if inner_channel % 2:
             raise UserError(f"inner_channel must be even, got {inner_channel}")
         self.stride = 2 ** (len(channel_mults) - 1)
-        self.out_channel, self.residual, self.released_padding = out_channel, residual, released_padding
+        self.out_channel, self.residual = out_channel, residual
+        self.released_padding, self.use_checkpoint = released_padding, use_checkpoint
         self.noise_level_mlp = nn.Sequential(
             NoiseLevelEncoding(inner_channel),
             nn.Linear(inner_channel, inner_channel * 4),
@@ -225,36 +243,70 @@ class UCDIRDenoiser(nn.Module):
             nn.init.zeros_(self.final_conv[3].weight)
             nn.init.zeros_(self.final_conv[3].bias)
 
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        return pad_to_multiple(x, 32, always=True) if self.released_padding else pad_to_multiple(x, self.stride)
+
+    def _layers(self) -> Iterator[nn.Module]:
+        yield from itertools.chain(self.downs, self.mid, self.ups)
+
+    def guide_features(self, guide: torch.Tensor) -> list[torch.Tensor]:
+        """What all blocks take from the guide, in their order, for use in its place.
+
+        Computed once for an image, it saves every step after the first a few per cent of its time.
+
+        Args:
+            guide: (B, guide_channel, H, W), of the size of x.
+        """
+        guide = self._pad(guide)
+        height, width = guide.shape[-2:]
+        features, pyramid, level = [], {0: guide}, 0
+        for layer in self._layers():
+            if isinstance(layer, _Level):
+                if level not in pyramid:
+                    pyramid[level] = resize(guide, (height >> level, width >> level))
+                features.append(layer.res_block.guide_features(pyramid[level]))
+            else:
+                level += isinstance(layer, _Downsample) - isinstance(layer, _Upsample)
+        return features
+
     def forward(
-        self, x: torch.Tensor, noise_level: Optional[torch.Tensor] = None, guide: Optional[torch.Tensor] = None
+        self,
+        x: torch.Tensor,
+        noise_level: Optional[torch.Tensor] = None,
+        guide: Union[torch.Tensor, Sequence[torch.Tensor], None] = None,
     ) -> torch.Tensor:
         if noise_level is None:
             noise_level = x.new_ones(len(x))
         if guide is None:
             guide = x
+        features = iter(self.guide_features(guide) if isinstance(guide, torch.Tensor) else guide)
         height, width = x.shape[-2:]
         image = x
-        multiple, always = (32, True) if self.released_padding else (self.stride, False)
-        x, guide = pad_to_multiple(x, multiple, always), pad_to_multiple(guide, multiple, always)
+        x = self._pad(x)
+        if x.device.type == "cpu":  # its convolutions are up to twice as fast
+            x = x.contiguous(memory_format=torch.channels_last)
         emb = self.noise_level_mlp(noise_level)
-        pyramid: dict[torch.Size, torch.Tensor] = {}
-
-        def block(level: _Level, x: torch.Tensor) -> torch.Tensor:
-            size = x.shape[-2:]
-            if size not in pyramid:
-                pyramid[size] = resize(guide, size)
-            return level(x, emb, pyramid[size])
-
         skips = []
         for layer in self.downs:
-            x = block(layer, x) if isinstance(layer, _Level) else layer(x)
+            x = self._run(layer, x, emb, features)
             skips.append(x)
         for layer in self.mid:
-            x = block(layer, x)
+            x = self._run(layer, x, emb, features)
         for layer in self.ups:
-            x = block(layer, torch.cat((x, skips.pop()), 1)) if isinstance(layer, _Level) else layer(x)
+            if isinstance(layer, _Level):
+                x = torch.cat((x, skips.pop()), 1)
+            x = self._run(layer, x, emb, features)
         x = self.final_conv(x)[..., :height, :width]
         return x + image[:, : self.out_channel] if self.residual else x
+
+    def _run(
+        self, layer: nn.Module, x: torch.Tensor, emb: torch.Tensor, features: Iterator[torch.Tensor]
+    ) -> torch.Tensor:
+        if not isinstance(layer, _Level):
+            return layer(x)
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(layer, x, emb, next(features), use_reentrant=False)
+        return layer(x, emb, next(features))
 
 
 @register("arch")
@@ -299,6 +351,15 @@ class UCDIR(nn.Module):
     def denoise(self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,)."""
         return self.denoise_fn(torch.cat((lq, x_t), 1), level, initial)
+
+    def denoiser(self, lq: torch.Tensor, initial: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """:meth:`denoise` of one image or batch as a function of x_t and level, for sampling.
+
+        What does not change between steps is computed here, once.
+        """
+        prepare = getattr(self.denoise_fn, "guide_features", None)
+        guide = initial if prepare is None else prepare(initial)
+        return lambda x_t, level: self.denoise_fn(torch.cat((lq, x_t), 1), level, guide)
 
     def forward(
         self, lq: torch.Tensor, hr: torch.Tensor, level: torch.Tensor, noise: torch.Tensor

@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,8 @@ class UCDIRModel(SRModel):
         diffusion = ScheduleOptions(**opt.get("diffusion") or {})
         self.schedule = NoiseSchedule.linear(diffusion.timesteps, diffusion.start, diffusion.end)
         self.sampling = SamplingOptions(**(opt.get("val") or {}).get("sampling") or {})
-        self.net_g = self.model_to_device(build_arch(opt["network_g"], "network_g"))
+        self.sampling_dtype = self._amp_dtype(self.sampling.amp, "val:sampling:amp")
+        self.net_g = self.model_to_device(self._compiled(build_arch(opt["network_g"], "network_g")))
         self.print_network(self.net_g)
         pretrained = opt["path"].get("pretrain_network_g")
         if pretrained:
@@ -72,7 +73,7 @@ class UCDIRModel(SRModel):
         self.net_g.train()
         self.ema_decay, self.ema_start = train.get("ema_decay", 0), train.get("ema_start", 0)
         if self.ema_decay > 0:
-            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
+            self.net_g_ema = self._compiled(deepcopy(self.get_bare_model(self.net_g))).eval().requires_grad_(False)
             pretrained = self.opt["path"].get("pretrain_network_g")
             if pretrained:
                 self.load_network(self.net_g_ema, pretrained, self.opt["path"].get("strict_load_g", True), "params_ema")
@@ -83,9 +84,7 @@ class UCDIRModel(SRModel):
         amp = train.get("amp")
         if amp and isinstance(self.net_g, DataParallel):
             raise UserError("option train:amp: several GPUs in one process lose it; use torchrun, one process a GPU")
-        if amp == "fp16" and self.device.type != "cuda":
-            raise UserError("option train:amp: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
-        self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+        self.amp_dtype = self._amp_dtype(amp, "train:amp")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.bad_steps = self.bad_steps_in_a_row = 0
         self.setup_optimizers()
@@ -93,7 +92,28 @@ class UCDIRModel(SRModel):
             self.setup_schedulers()
         self._reset_log()
 
+    def _compiled(self, net: torch.nn.Module) -> torch.nn.Module:
+        """In place, so that the keys of the weights stay."""
+        if self.opt.get("compile"):
+            net.denoise_fn.compile()
+            net.predictor.compile()
+        return net
+
+    def _amp_dtype(self, amp: Optional[str], option: str) -> Optional[torch.dtype]:
+        if amp == "fp16" and self.device.type != "cuda":
+            raise UserError(f"option {option}: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[amp]
+
+    def _autocast(self, dtype: Optional[torch.dtype]) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     # Training
+
+    def get_optimizer(self, optim_type: str, params: list, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
+        """BasicSR's; Adam and AdamW in their fused form unless the options say otherwise."""
+        if optim_type in ("Adam", "AdamW") and not kwargs.get("foreach"):
+            kwargs.setdefault("fused", True)
+        return super().get_optimizer(optim_type, params, lr, **kwargs)
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: ``lq`` and perhaps ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` or, in test, ``key``."""
@@ -130,7 +150,7 @@ class UCDIRModel(SRModel):
             # DDP needs to exchange gradients only with the last part's.
             waits = i < parts - 1 and isinstance(self.net_g, DistributedDataParallel)
             with self.net_g.no_sync() if waits else nullcontext():
-                with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                with self._autocast(self.amp_dtype):
                     eps, initial = self.net_g(lq[part], hr[part], levels[part], noises[part])
                 eps, initial = eps.float(), initial.float()
                 extra = {"noise_level": levels[part]} if self.with_level else {}
@@ -256,7 +276,6 @@ class UCDIRModel(SRModel):
         if border:
             mode = "reflect" if border < min(lq.shape[-2:]) else "replicate"
             lq = F.pad(lq, (border,) * 4, mode=mode)
-        initial = net.predict(lq)
 
         def noise(draw: int) -> torch.Tensor:
             streams = [
@@ -265,9 +284,14 @@ class UCDIRModel(SRModel):
             ]
             return torch.stack(streams)
 
-        residual = samplers.ddpm(
-            lambda x, level: net.denoise(x, level, lq, initial), self.sampling_schedule(), noise, self.sampling.clip_x0
-        )
+        def denoise(x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            with self._autocast(self.sampling_dtype):
+                return denoiser(x_t, level).float()
+
+        with self._autocast(self.sampling_dtype):
+            initial = net.predict(lq).float()
+            denoiser = net.denoiser(lq, initial)
+        residual = samplers.ddpm(denoise, self.sampling_schedule(), noise, self.sampling.clip_x0)
         inner = (..., slice(border, lq.shape[-2] - border), slice(border, lq.shape[-1] - border))
         self.initial = (initial[inner] + 1) / 2
         self.output = ((initial + residual)[inner] + 1) / 2
