@@ -1,77 +1,127 @@
-"""Speed and memory as ratios: variants alternate in one run, medians are compared; what tools/benchmark.py prints."""
+"""Speed and memory as ratios: variants alternate in one run, medians are compared; what tools/benchmark.py prints.
+
+The variants of a network differ in how AKGM is computed and, for the release, in what the package does besides:
+
+- released formulation: one grouped convolution to C * N channels, view, multiply, sum; contiguous tensors, the guide's
+  features in every step, nothing in place, no fused optimizer.
+- plain convolution: a 3x3 convolution C -> C in AKGM's place, which has the same number of multiplications.
+- loop, tiled, compiled: the implementations of ucdir_plugin.archs.akgm.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
-from typing import Callable
+from typing import Any, Callable, Iterator, Optional, Sequence
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from ucdir_plugin.archs import UCDIRDenoiser, ucdir_arch
+from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, akgm, akgm_compiled, akgm_tiled, ucdir_arch
 from ucdir_plugin.errors import UserError
+
+SMALL = {"inner_channel": 24, "channel_mults": (1, 2, 4, 4), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
+"""A UCDIR denoiser of 2.24 M parameters."""
 
 
 def released_formulation(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """AKGM as the release computes it: one grouped convolution to C * N channels, view, multiply, sum."""
+    """AKGM as the release computes it."""
     batch, channels, height, width = x.shape
     z = F.conv2d(x, weight, bias, padding=1, groups=mix.shape[1])
     return (z.view(batch, channels, -1, height, width) * mix.unsqueeze(1)).sum(2)
 
 
-VARIANTS = {"ucdir_plugin": None, "released formulation": released_formulation}
+def plain_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """C -> C with as many weights as AKGM's."""
+    channels = x.shape[1]
+    return F.conv2d(x, weight.view(channels, channels, 3, 3), bias[:channels], padding=1)
 
 
-def _denoiser_forward(size: int) -> Callable[[], None]:
-    torch.manual_seed(0)
-    net = UCDIRDenoiser(released_padding=True).eval()
-    x, level, guide = torch.randn(1, 6, size, size), torch.full((1,), 0.5), torch.randn(1, 3, size, size)
+def _with(module: Any) -> Callable:
+    """AKGM by one implementation."""
 
-    @torch.no_grad()
-    def call() -> None:
-        net(x, level, guide)
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(akgm, "choose", lambda x, bases: module):
+            return akgm.adaptive_kernel_conv(x, weight, bias, mix)
 
-    return call
+    return run
 
 
-def _with_variant(name: str, call: Callable[[], None]) -> None:
-    function = VARIANTS[name]
-    if function is None:
-        call()
-    else:
-        with mock.patch.object(ucdir_arch, "adaptive_kernel_conv", function):
-            call()
+AKGM = {
+    "plain convolution": plain_convolution,
+    "released formulation": released_formulation,
+    "loop": _with(None),
+    "tiled": _with(akgm_tiled),
+    "compiled": _with(akgm_compiled),
+}
 
 
-def alternate(call: Callable[[], None], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant, one warm-up each, then in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def _variants(*names: str) -> list[str]:
+    return [name for name in names if name != "compiled" or akgm_compiled.available()]
+
+
+@contextlib.contextmanager
+def _network(variant: str) -> Iterator[None]:
+    """Networks that are run, forward and backward, as this variant."""
+    with contextlib.ExitStack() as stack:
+        if variant in ("tiled", "compiled", "loop"):
+            module = {"tiled": akgm_tiled, "compiled": akgm_compiled, "loop": None}[variant]
+            stack.enter_context(mock.patch.object(akgm, "choose", lambda x, bases: module))
+        else:
+            stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", AKGM[variant]))
+        if variant == "released formulation":
+            stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
+            stack.enter_context(mock.patch.object(ucdir_arch, "_silu", F.silu))
+        yield
+
+
+def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, one warm-up each, then in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        for name, found in seconds.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            _with_variant(name, call)
+            call()
             if turn:
-                found.append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def peak_memory(name: str, size: int) -> float:
-    """MB that one forward pass takes above the idle process with the network loaded, in a process of its own."""
-    code = f"from ucdir_plugin import benchmark; benchmark._print_peak({name!r}, {size})"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+# Memory: each measurement in a process of its own
 
 
-def _print_peak(name: str, size: int) -> None:
-    call = _denoiser_forward(size)
-    with open("/proc/self/clear_refs", "w") as file:  # Linux: the peak starts anew
-        file.write("5")
+def peak_memory(case: str, *arguments: Any) -> float:
+    """MB that the second of two calls takes at its peak, above the idle process with the network loaded.
+
+    Args:
+        case: name of a function here that returns the call; ``arguments`` are its own.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError("peak memory is read from /proc: run this benchmark on Linux")
+    code = f"from ucdir_plugin import benchmark; benchmark._print_peak({case!r}, *{arguments!r})"
+    # Freed memory goes back at once, else what an earlier call left behind would hide a part of the peak.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise UserError(f"measuring the memory of {case} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout)
+
+
+def _print_peak(case: str, *arguments: Any) -> None:
+    call = globals()[case](*arguments)
+    call()
     before = _status("VmRSS")
-    _with_variant(name, call)
+    with open("/proc/self/clear_refs", "w") as file:  # the peak starts anew
+        file.write("5")
+    call()
     print((_status("VmHWM") - before) / 1024)
 
 
@@ -80,26 +130,279 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 
 
-def forward(size: int, repeats: int) -> dict:
-    """The released SID denoiser's forward, with the release's padding, against the released formulation of AKGM."""
-    seconds = alternate(_denoiser_forward(size), repeats)
-    if not sys.platform.startswith("linux"):
-        raise UserError("peak memory is read from /proc: run this benchmark on Linux")
-    memory = {name: peak_memory(name, size) for name in VARIANTS}
-    return {
-        "benchmark": f"forward of the released SID denoiser, one {size}x{size} image, release's padding",
-        "threads": torch.get_num_threads(),
-        "rows": [
-            {
-                "variant": name,
-                "seconds": round(seconds[name], 3),
-                "time ratio": round(seconds[name] / seconds["released formulation"], 3),
-                "peak MB": round(memory[name]),
-                "memory ratio": round(memory[name] / memory["released formulation"], 3),
-            }
-            for name in VARIANTS
-        ],
+# akgm
+
+
+def _akgm_call(
+    variant: str, batch: int, channels: int, size: int, train: bool, channels_last: bool, bases: int = 8
+) -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    per_group = channels // bases
+
+    def tensor(*shape: int) -> torch.Tensor:
+        t = torch.randn(shape, generator=generator)
+        return t.contiguous(memory_format=layout) if t.dim() == 4 and shape[0] == batch else t
+
+    x, mix, grad_y = (tensor(batch, c, size, size) for c in (channels, bases, channels))
+    weight, bias = tensor(channels * bases, per_group, 3, 3) * (9 * per_group) ** -0.5, tensor(channels * bases)
+    function = AKGM[variant]
+    if variant == "plain convolution":
+        weight, bias = weight.view(channels, channels, 3, 3).contiguous(memory_format=layout), bias[:channels].clone()
+        inputs = [x, weight, bias]
+
+        def function(x, weight, bias):
+            return F.conv2d(x, weight, bias, padding=1)
+    else:
+        inputs = [x, weight, bias, mix]
+
+    def call() -> None:
+        if train:
+            torch.autograd.grad(function(*inputs), inputs, grad_y)
+        else:
+            with torch.no_grad():
+                function(*inputs)
+
+    for t in inputs:
+        t.requires_grad_(train)
+    return call
+
+
+SHAPES = {
+    False: [(1, 64, 256), (1, 128, 128), (1, 256, 64), (1, 32, 256), (16, 16, 64)],
+    True: [(16, 16, 64), (16, 32, 32), (1, 64, 128), (1, 128, 128)],
+}
+
+
+def akgm_alone(repeats: int) -> list[dict]:
+    """AKGM against the plain convolution of its width, in both memory formats; extra memory of the forward pass."""
+    names = _variants("plain convolution", "released formulation", "loop", "tiled", "compiled")
+    tables = []
+    for train in (False, True):
+        rows = []
+        for batch, channels, size in SHAPES[train]:
+            arguments = [(name, last) for last in (False, True) for name in names]
+            calls = {f"{name} {last}": _akgm_call(name, batch, channels, size, train, last) for name, last in arguments}
+            seconds = alternate(calls, repeats)
+            for last in (False, True):
+                plain = seconds[f"plain convolution {last}"]
+                rows.append(
+                    {
+                        "B, C, size": f"{batch}, {channels}, {size}",
+                        "layout": "channels-last" if last else "contiguous",
+                        "plain ms": round(plain * 1e3, 2),
+                        **{name: round(seconds[f"{name} {last}"] / plain, 2) for name in names[1:]},
+                    }
+                )
+        what = "forward and backward" if train else "forward"
+        tables.append(_result(f"AKGM {what}, N = 8: times of a plain 3x3 convolution of the same layout", rows))
+    rows = []
+    for batch, channels, size in SHAPES[False][:3]:
+        megabytes = 4 * batch * channels * size * size / 2**20
+        peaks = {
+            name: peak_memory("_akgm_call", name, batch, channels, size, False, True) / megabytes for name in names
+        }
+        rows.append({"B, C, size": f"{batch}, {channels}, {size}", **{n: round(p - 1, 2) for n, p in peaks.items()}})
+    tables.append(_result("AKGM forward: memory besides the inputs and the result, in tensors of C * H * W", rows))
+    return tables
+
+
+# forward
+
+
+def _step_call(variant: str, size: int) -> Callable[[], Any]:
+    """One sampling step of the released SID denoiser."""
+    torch.manual_seed(0)
+    return _step_of(variant, UCDIRDenoiser().eval(), 1, size)
+
+
+def _step_of(variant: str, net: UCDIRDenoiser, batch: int, size: int) -> Callable[[], Any]:
+    x, level, guide = torch.randn(batch, 6, size, size), torch.full((batch,), 0.5), torch.randn(batch, 3, size, size)
+    with torch.no_grad():
+        if variant != "released formulation":
+            guide = net.guide_features(guide)
+
+    @torch.no_grad()
+    def call() -> None:
+        with _network(variant):
+            net(x, level, guide)
+
+    return call
+
+
+def _fixed_call(variant: str, size: int) -> Callable[[], Any]:
+    """What is computed once for an image: the prediction, and the guide's features but in the release."""
+    torch.manual_seed(0)
+    net, predictor, image = UCDIRDenoiser().eval(), SIDUNet().eval(), torch.randn(1, 3, size, size)
+
+    @torch.no_grad()
+    def call() -> None:
+        guide = predictor(image)
+        if variant != "released formulation":
+            net.guide_features(guide)
+
+    return call
+
+
+def forward(size: int, repeats: int) -> list[dict]:
+    """50 sampling steps with the released SID network: median step, times 50, plus what is computed once."""
+    names = _variants("released formulation", "plain convolution", "tiled", "compiled")
+    torch.manual_seed(0)
+    net = UCDIRDenoiser().eval()
+    steps = alternate({name: _step_of(name, net, 1, size) for name in names}, repeats)
+    fixed = alternate({name: _fixed_call(name, size) for name in ("released formulation", "tiled")}, 3)
+    total = {n: 50 * steps[n] + fixed["tiled" if n != "released formulation" else n] for n in names}
+    memory = {name: peak_memory("_step_call", name, size) for name in names}
+    base = "released formulation"
+    rows = [
+        {
+            "variant": name,
+            "step s": round(steps[name], 3),
+            "50 steps s": round(total[name], 1),
+            "time ratio": round(total[name] / total[base], 3),
+            "peak MB": round(memory[name]),
+            "memory ratio": round(memory[name] / memory[base], 3),
+        }
+        for name in names
+    ]
+    return [_result(f"50-step sampling with the released SID network, one {size}x{size} image, no padding", rows)]
+
+
+# train
+
+
+def _train_call(variant: str, batch: int = 16, size: int = 64, use_checkpoint: bool = False) -> Callable[[], Any]:
+    """One training step of the small denoiser."""
+    torch.manual_seed(0)
+    net = UCDIRDenoiser(**SMALL, use_checkpoint=use_checkpoint).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=variant != "released formulation")
+    x, guide, noise = (torch.randn(batch, c, size, size) for c in (6, 3, 3))
+    level = torch.rand(batch)
+
+    def call() -> None:
+        with _network(variant):
+            optimizer.zero_grad(set_to_none=True)
+            F.l1_loss(net(x, level, guide), noise).backward()
+            optimizer.step()
+
+    return call
+
+
+def train(repeats: int) -> list[dict]:
+    """A training step, also with the released formulation and with plain convolutions; the loader's share."""
+    names = _variants("plain convolution", "released formulation", "loop", "tiled", "compiled")
+    cases = {name: (name, False) for name in names}
+    default = _variants("compiled", "tiled")[0]
+    cases[f"{default}, use_checkpoint"] = (default, True)
+    seconds = alternate({n: _train_call(v, use_checkpoint=c) for n, (v, c) in cases.items()}, repeats)
+    memory = {n: peak_memory("_train_call", v, 16, 64, c) for n, (v, c) in cases.items()}
+    plain, released = "plain convolution", "released formulation"
+    rows = [
+        {
+            "variant": name,
+            "step s": round(seconds[name], 3),
+            "to plain": round(seconds[name] / seconds[plain], 2),
+            "to release": round(seconds[name] / seconds[released], 2),
+            "peak MB": round(memory[name]),
+            "memory to release": round(memory[name] / memory[released], 2),
+        }
+        for name in cases
+    ]
+    return [_result("training step of a 2.24 M-parameter denoiser, 16 crops of 64x64", rows), _loader(repeats)]
+
+
+def _loader(repeats: int) -> dict:
+    """Seconds in which the demo's loader makes a batch, against those of its training step."""
+    from skimage import data
+
+    from ucdir_plugin.data.jpeg_dataset import jpeg
+
+    image = data.astronaut()[:, :, ::-1].astype("float32") / 255
+    batch, crop = 4, 64
+
+    def load() -> None:
+        for i in range(batch):  # what JPEGDataset does to a crop
+            jpeg(image[i : i + crop, i : i + crop], 10)
+
+    step = _train_call(_variants("compiled", "tiled")[0], batch, crop)
+    seconds = alternate({"loading a batch": load, "training step": step}, repeats)
+    rows = [{"what": n, "s": round(s, 5), "ratio": round(s / seconds["training step"], 4)} for n, s in seconds.items()]
+    return _result("crop and JPEG of 4 x 64x64 against a training step on them, one process", rows)
+
+
+# complexity
+
+
+def complexity(repeats: int) -> list[dict]:
+    """How the cost of a sampling step grows: image size, batch, steps, bases, width."""
+    default = _variants("compiled", "tiled")[0]
+    names = _variants("released formulation", "plain convolution", "tiled", "compiled")
+    base = {"size": 128, "batch": 1, "steps": 1, "bases": 8, "width": 32}
+    grid: dict[str, Sequence[int]] = {
+        "size": (32, 64, 128, 256, 384),
+        "batch": (1, 2, 4, 8),
+        "steps": (1, 2, 4, 8),
+        "bases": (1, 2, 4, 8, 16),
+        "width": (16, 32, 64, 96),
     }
+    rows = []
+    for what, values in grid.items():
+        for value in values:
+            at = {**base, what: value}
+            torch.manual_seed(0)
+            net = UCDIRDenoiser(
+                inner_channel=at["width"], channel_mults=(1, 2, 4), res_blocks=1, attn_res=(), num_bases=at["bases"]
+            ).eval()
+
+            def steps(call: Callable[[], Any], count: int = at["steps"]) -> Callable[[], Any]:
+                return lambda: [call() for _ in range(count)]
+
+            calls = {name: steps(_step_of(name, net, at["batch"], at["size"])) for name in names}
+            seconds = alternate(calls, repeats)
+            rows.append({"grows": what, "value": value, **{n: round(s, 4) for n, s in seconds.items()}})
+    title = "seconds of sampling steps, small denoiser, at " + ", ".join(f"{k} {v}" for k, v in base.items())
+    return [{**_result(title, rows), "default": default}]
+
+
+def draw_complexity(result: dict, path: str) -> None:
+    """The growth curves as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(row["grows"] for row in result["rows"]))
+    names = [name for name in result["rows"][0] if name not in ("grows", "value")]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), layout="constrained")
+    for axis, kind in zip(axes, kinds):
+        rows = [row for row in result["rows"] if row["grows"] == kind]
+        for name in names:
+            axis.plot([row["value"] for row in rows], [row[name] for row in rows], marker="o", markersize=3, label=name)
+        axis.set(xlabel=kind, xscale="log", yscale="log", xticks=[row["value"] for row in rows])
+        axis.set_xticklabels([str(row["value"]) for row in rows])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _result(title: str, rows: list[dict]) -> dict:
+    return {
+        "benchmark": title,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": _cpu(),
+        "rows": rows,
+    }
+
+
+@functools.cache
+def _cpu() -> str:
+    name: Optional[str] = platform.processor()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def table(result: dict) -> str:
@@ -107,4 +410,5 @@ def table(result: dict) -> str:
     columns = list(result["rows"][0])
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in result["rows"]]
-    return f"{result['benchmark']}, {result['threads']} threads\n\n" + "\n".join(lines) + "\n\n" + json.dumps(result)
+    head = f"{result['benchmark']} ({result['threads']} threads, torch {result['torch']}, {result['cpu']})"
+    return head + "\n\n" + "\n".join(lines) + "\n\n" + json.dumps(result) + "\n"
