@@ -301,6 +301,19 @@ for _ in range(2):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "ucdir_plugin"]
 
 
+def test_an_implementation_that_is_wrong_is_found_out(monkeypatch):
+    """The check that Triton's has to pass on a GPU before it is used."""
+    assert akgm._disagreement(akgm_tiled, torch.device("cpu"), torch.float32) is None
+    backward = akgm_tiled.backward
+
+    def wrong(*args):
+        grad_x, *others = backward(*args)
+        return grad_x.flip(3), *others
+
+    monkeypatch.setattr(akgm_tiled, "backward", wrong)
+    assert "grad x is wrong" in akgm._disagreement(akgm_tiled, torch.device("cpu"), torch.float32)
+
+
 def test_empty_batch(implementation):
     inputs = operands(0, 16, 8, 5, 5, requires_grad=True)
     y = adaptive_kernel_conv(*inputs)

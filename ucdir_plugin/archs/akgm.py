@@ -13,11 +13,14 @@ akgm_compiled (C++, built at first use), akgm_tiled (plain PyTorch on the CPU), 
 
 from __future__ import annotations
 
+import functools
+import os
 from types import ModuleType
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from basicsr.utils import get_root_logger
 
 from ucdir_plugin.archs import akgm_compiled, akgm_tiled
 
@@ -72,6 +75,43 @@ def choose(x: torch.Tensor, bases: int) -> Optional[ModuleType]:
             return akgm_compiled
         loop = x.shape[1] >= LOOP_CHANNELS and x.numel() * bases <= LOOP_ELEMENTS
         return None if loop else akgm_tiled
+    return _triton(x.device, x.dtype) if x.device.type == "cuda" else None
+
+
+@functools.cache
+def _triton(device: torch.device, dtype: torch.dtype) -> Optional[ModuleType]:
+    """akgm_triton if it works on this GPU: it was written without one, so it has to agree with the loop first."""
+    if dtype == torch.float64 or os.environ.get("UCDIR_COMPILE") == "0":
+        return None
+    try:
+        from ucdir_plugin.archs import akgm_triton
+
+        if not akgm_triton.available():
+            return None
+        reason = _disagreement(akgm_triton, device, dtype)
+    except ImportError:
+        return None
+    except Exception as error:  # whatever it is: there is another way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason is None:
+        return akgm_triton
+    get_root_logger().warning(f"AKGM by plain convolutions, which needs more memory: Triton's fails here ({reason})")
+    return None
+
+
+def _disagreement(module: ModuleType, device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    """Where an implementation differs from the loop on a small input, by more than its rounding."""
+    stream = torch.Generator().manual_seed(0)
+    shapes = ((2, 32, 9, 11), (32 * 8, 4, 3, 3), (32 * 8,), (2, 8, 9, 11), (2, 32, 9, 11))
+    *inputs, grad_y = (torch.randn(shape, generator=stream).to(device, dtype) for shape in shapes)
+    exact = [t.double().requires_grad_() for t in inputs]
+    y = adaptive_kernel_conv_loop(*exact)
+    expected = (y, *torch.autograd.grad(y, exact, grad_y.double()))
+    found = (module.forward(*inputs), *module.backward(grad_y, *inputs, (True,) * 4))
+    for name, a, b in zip(("the output", "grad x", "grad weight", "grad bias", "grad mix"), found, expected):
+        error = float((a - b).abs().max() / b.abs().max())
+        if not error < 4 * torch.finfo(dtype).eps ** 0.5:  # TF32 and half precision round by a part in 1000 and 100
+            return f"{name} is wrong by a part of {error:.1g}"
     return None
 
 
