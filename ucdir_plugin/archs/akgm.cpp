@@ -348,10 +348,10 @@ bool forward(const Shape& s, const Image<const T>& x, const T* weight, const T* 
 // --------------------------------------------------------------------------------- backward: gradients of x and mix
 
 // With U[n][k] = sum_co w[k][co][n] gy[co]: column[k] (+)= sum_n mix[n] U[n][k] and grad_mix[n] += sum_k x[k] U[n][k],
-// for the nine k of one input channel.
+// for the nine k of one input channel. FEW is the number of output channels if they fit into registers, else 0.
 template <typename T, int BASES, int FEW>
-void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix, const T* gy, long stride,
-                         T* columns, long column_stride, long per_group, long vectors, bool add) {
+void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix, const T* gy, long stride, T* columns,
+                  long column_stride, long per_group, long vectors, bool add) {
   constexpr long L = Vector<T>::lanes;
   for (long v = 0; v < vectors; v++, x += L, mix += L, grad_mix += L, gy += L, columns += L) {
     Vec<T> m[BASES], gm[BASES];
@@ -365,33 +365,68 @@ void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix,
     for (int dy = 0; dy < 3; dy++, row += pitch)
 #pragma GCC unroll 3
       for (int dx = 0; dx < 3; dx++, column += column_stride) {
-        Vec<T> u[BASES] = {};
+        Vec<T> u[BASES];
+        const Vec<T> first = FEW > 0 ? g[0] : in_register(load(gy));
+#pragma GCC unroll 8
+        for (int n = 0; n < BASES; n++) u[n] = wk[n] * first;
+        wk += BASES;
         if (FEW > 0) {
 #pragma GCC unroll 4
-          for (int co = 0; co < FEW; co++, wk += BASES)
+          for (int co = 1; co < FEW; co++, wk += BASES)
 #pragma GCC unroll 8
             for (int n = 0; n < BASES; n++) u[n] += wk[n] * g[co];
         } else {
-          const T* from = gy;
+          const T* from = gy + stride;
 #pragma GCC unroll 4
-          for (long co = 0; co < per_group; co++, wk += BASES, from += stride) {
+          for (long co = 1; co < per_group; co++, wk += BASES, from += stride) {
             const Vec<T> go = in_register(load(from));
 #pragma GCC unroll 8
             for (int n = 0; n < BASES; n++) u[n] += wk[n] * go;
           }
         }
         const Vec<T> xv = in_register(load(row + dx));
-        Vec<T> even = add ? load(column) : Vec<T>{}, odd = {};
+        Vec<T> even = m[0] * u[0];
+        if (add) even += load(column);
+        gm[0] += xv * u[0];
+        if (BASES > 1) {
+          Vec<T> odd = m[BASES > 1] * u[BASES > 1];
+          gm[BASES > 1] += xv * u[BASES > 1];
 #pragma GCC unroll 8
-        for (int n = 0; n < BASES; n++) {
-          (n % 2 ? odd : even) += m[n] * u[n];
-          gm[n] += xv * u[n];
+          for (int n = 2; n < BASES; n++) {
+            (n % 2 ? odd : even) += m[n] * u[n];
+            gm[n] += xv * u[n];
+          }
+          even += odd;
         }
-        store(column, even + odd);
+        store(column, even);
       }
 #pragma GCC unroll 8
     for (int n = 0; n < BASES; n++) store(grad_mix + n * stride, gm[n]);
   }
+}
+
+// x[p + dy * pitch + dx] += column[k][p], where columns are zero one vector before and behind their positions.
+template <typename T>
+void scatter(const T* columns, long column_stride, long vectors, T* x, long pitch) {
+  constexpr long L = Vector<T>::lanes;
+  for (long dy = 0; dy < 3; dy++) {
+    const T *left = columns + 3 * dy * column_stride, *middle = left + column_stride, *right = middle + column_stride;
+    T* to = x + (dy - 1) * pitch;
+    for (long p = -L; p < (vectors + 1) * L; p += L)
+      store(to + p, load(to + p) + (load(left + p + 1) + load(middle + p) + load(right + p - 1)));
+  }
+}
+
+// grad_mix[n] += sum_co bias[co][n] gy[co]
+template <typename T>
+void back_bias(const T* bias, long bases, const T* gy, T* grad_mix, long stride, long per_group, long vectors) {
+  constexpr long L = Vector<T>::lanes;
+  for (long n = 0; n < bases; n++)
+    for (long v = 0; v < vectors; v++) {
+      Vec<T> sum = load(grad_mix + n * stride + v * L);
+      for (long co = 0; co < per_group; co++) sum += bias[co * bases + n] * load(gy + co * stride + v * L);
+      store(grad_mix + n * stride + v * L, sum);
+    }
 }
 
 // Weights (C N, c, 3, 3) -> per group: blocks of BASES bases: k: output channels: bases.
@@ -410,12 +445,12 @@ template <typename T, int BASES>
 bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, const T* bias,
                      const Image<const T>& mix, const Image<const T>& gy, const Image<T>& gx, const Image<T>& grad_mix,
                      T* partial_mix, long splits) {
-  constexpr long L = Vector<T>::lanes;
+  constexpr long L = Vector<T>::lanes, BLOCK = 12;  // vectors whose columns stay in the first-level cache
   const long c = s.per_group(), k = 9 * c, pitch = s.pitch(), blocks = s.bases / BASES;
   const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c;
-  const long rows = strip_rows(s, 3 * width + 2 * s.bases + 9), lead = L;
+  const long rows = strip_rows(s, 3 * width + 2 * s.bases), lead = 2 * L;
   const long x_stride = plane<T>(lead + (rows + 2) * pitch), stride = plane<T>(rows * pitch);
-  const long margin = round_up(2 * pitch + 2, L), column_stride = plane<T>(rows * pitch + 2 * margin);
+  const long column_stride = (BLOCK + 3) * L;
   T* packed = weight_scratch.get<T>(s.channels * k * s.bases);
   if (!packed) return false;
   pack_weights_back<T, BASES>(s, weight, packed);
@@ -424,7 +459,7 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
                     : c == 3 ? back_channel<T, BASES, 3>
                     : c == 4 ? back_channel<T, BASES, 4>
                              : back_channel<T, BASES, 0>;
-  const long elements = 2 * width * x_stride + (width + 2 * s.bases) * stride + 9 * column_stride;
+  const long elements = 2 * width * x_stride + (width + 2 * s.bases) * stride + 9 * column_stride + L;
   return parallel<T>(s.batch * splits, elements, [&](long item, T* scratch) {
     const long image = item / splits, split = item % splits;
     T *xs = scratch, *gxs = xs + width * x_stride, *gys = gxs + width * x_stride, *ms = gys + width * stride;
@@ -443,35 +478,24 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
         clear_ends(xs, groups * c, x_stride, lead, lead + positions + 2 * pitch);
         gy.pack(image, first * c, groups * c, top, bottom, gys, stride);
         clear_ends(gys, groups * c, stride, 0, positions);
-        for (long g = 0; g < groups; g++) {
-          const T* gyg = gys + g * c * stride;
-          for (long n = 0; n < s.bases; n++)  // the bias' share
-            for (long co = 0; co < c; co++) {
-              const T b = bias[((first + g) * c + co) * s.bases + n];
-              for (long v = 0; v < vectors; v++) {
-                T* p = gms + n * stride + v * L;
-                store(p, load(p) + b * load(gyg + co * stride + v * L));
-              }
-            }
-          for (long ci = 0; ci < c; ci++) {
-            clear_ends(columns, 9, column_stride, margin, margin + vectors * L);
-            for (long block = 0; block < blocks; block++)
-              back(xs + (g * c + ci) * x_stride + lead + pitch, pitch,
-                                     packed + (((first + g) * blocks + block) * k + ci * 9) * c * BASES,
-                                     ms + block * BASES * stride, gms + block * BASES * stride, gyg, stride,
-                                     columns + margin, column_stride, c, vectors, block > 0);
-            T* to = gxs + (g * c + ci) * x_stride;  // rows top - 1 .. bottom
-            for (long p = 0; p < positions + 2 * pitch; p += L) {
-              Vec<T> sum = {};
-#pragma GCC unroll 9
-              for (int i = 0; i < 9; i++)
-                sum += load(columns + i * column_stride + margin + p - pitch - (i / 3 - 1) * pitch - (i % 3 - 1));
-              store(to + p, sum);
+        for (long ch = 0; ch < groups * c; ch++) std::memset(gxs + ch * x_stride, 0, x_stride * sizeof(T));
+        for (long g = 0; g < groups; g++)
+          for (long v = 0; v < vectors; v += BLOCK) {
+            const long count = std::min(BLOCK, vectors - v);
+            const T* gyg = gys + g * c * stride + v * L;
+            back_bias(bias + (first + g) * c * s.bases, s.bases, gyg, gms + v * L, stride, c, count);
+            std::memset(columns, 0, 9 * column_stride * sizeof(T));
+            for (long ci = 0; ci < c; ci++) {
+              const long at = (g * c + ci) * x_stride + lead + pitch + v * L;
+              for (long b = 0; b < blocks; b++)
+                back(xs + at, pitch, packed + (((first + g) * blocks + b) * k + ci * 9) * c * BASES,
+                     ms + b * BASES * stride + v * L, gms + b * BASES * stride + v * L, gyg, stride, columns + L,
+                     column_stride, c, count, b > 0);
+              scatter(columns + L, column_stride, count, gxs + at, pitch);
             }
           }
-        }
         for (long row = std::max(0L, top - 1); row < std::min(s.height, bottom + 1); row++)
-          gx.unpack(image, first * c, groups * c, row, gxs + (row - top + 1) * pitch, x_stride, top > 0 && row <= top);
+          gx.unpack(image, first * c, groups * c, row, gxs + lead + (row - top + 1) * pitch, x_stride, top > 0 && row <= top);
       }
       for (long row = top; row < bottom; row++)
         gm_out.unpack(image, 0, s.bases, row, gms + (row - top) * pitch, stride);
@@ -545,17 +569,19 @@ bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const
         for (long co = 0; co < c; co++) {
           const long output = (first + g) * c + co;
           for (long n = 0; n < s.bases; n += BASES) {
-            for (long j = 0; j < BASES; j++) {
-              Vec<T> sum = {};
-              for (long i = 0; i < segments; i++)
-                for (long v = 0; v < vectors; v++) {
-                  const long at = i * segment + v * L;
-                  const Vec<T> z = load(gys + (g * c + co) * stride + at) * load(ms + (n + j) * stride + at);
+            Vec<T> sums[BASES] = {};
+            for (long i = 0; i < segments; i++)
+              for (long at = i * segment; at < i * segment + vectors * L; at += L) {
+                const Vec<T> grad_y = load(gys + (g * c + co) * stride + at);
+#pragma GCC unroll 4
+                for (long j = 0; j < BASES; j++) {
+                  const Vec<T> z = grad_y * load(ms + (n + j) * stride + at);
                   store(gz + j * stride + at, z);
-                  sum += z;
+                  sums[j] += z;
                 }
-              grad_bias[split * s.channels * s.bases + output * s.bases + n + j] += total<T>(sum);
-            }
+              }
+            for (long j = 0; j < BASES; j++)
+              grad_bias[split * s.channels * s.bases + output * s.bases + n + j] += total<T>(sums[j]);
             T* to = grad + ((split * s.channels + output) * s.bases + n) * k;
             for (long ci = 0; ci < c; ci += 2)
               for (long dy = 0; dy < 3; dy++) {
