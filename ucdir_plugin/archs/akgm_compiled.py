@@ -18,6 +18,8 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 
+from ucdir_plugin.archs.akgm_tiled import memory_format
+
 SOURCE = Path(__file__).with_name("akgm.cpp")
 FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -104,7 +106,7 @@ def backward(
 ) -> Tuple[Optional[torch.Tensor], ...]:
     """Gradients of x, weight, bias and mix; those that ``needs`` leaves out may be None."""
     x, mix, weight, bias = _dense(x), _dense(mix), weight.contiguous(), bias.contiguous()
-    grad_y = grad_y.contiguous(memory_format=_format(x))
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
     mix_splits, weight_splits = ctypes.c_long(), ctypes.c_long()
     _library().akgm_splits(*_shape(x, mix), ctypes.byref(mix_splits), ctypes.byref(weight_splits))
     grad_x = grad_mix = partial_mix = grad_weight = grad_bias = None
@@ -136,10 +138,5 @@ def _shape(x: torch.Tensor, mix: torch.Tensor) -> Tuple[int, ...]:
     return (*x.shape[:2], mix.shape[1], *x.shape[2:])
 
 
-def _format(x: torch.Tensor) -> torch.memory_format:
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=_format(x))
+    return x.contiguous(memory_format=memory_format(x))

@@ -64,6 +64,7 @@ class _Tiling:
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """See :func:`ucdir_plugin.archs.akgm.adaptive_kernel_conv`; float32 or float64."""
+    layout = memory_format(x)
     x, kernels, mix = _operands(x, weight, bias, mix)
     tiling = _Tiling(x, len(kernels))
     y = torch.empty_like(x)
@@ -76,7 +77,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torc
             _im2col(columns, window)
             z.baddbmm_(a, columns, beta=0)
             torch.sum(z.view(len(a), -1, *m.shape).mul_(m), 2, out=out)
-    return y
+    return y.contiguous(memory_format=layout)
 
 
 def backward(
@@ -90,7 +91,7 @@ def backward(
     """Gradients of x, weight, bias and mix; those that ``needs`` leaves out may be None."""
     need_x, need_weight, need_bias, need_mix = needs
     need_kernels = need_weight or need_bias
-    weight_shape = weight.shape
+    weight_shape, layouts = weight.shape, (memory_format(x), memory_format(mix))
     x, kernels, mix = _operands(x, weight, bias, mix)
     grad_y = grad_y.contiguous()
     tiling = _Tiling(x, len(kernels))
@@ -125,7 +126,14 @@ def backward(
         grad_x[images, :, first:last] += grad_padded[:, :, first - top + 1 : last - top + 1, 1:-1]
     grad_kernels = grad_kernels.mT.flatten(0, 1)
     grad_weight = grad_kernels[:, :-1].contiguous().view(weight_shape)
+    grad_x, grad_mix = (t.contiguous(memory_format=f) for t, f in zip((grad_x, grad_mix), layouts))
     return grad_x, grad_weight, grad_kernels[:, -1].contiguous(), grad_mix
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Channels-last or contiguous, whichever x is in (contiguous if both or neither)."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _operands(
