@@ -116,9 +116,44 @@ def test_bf16_steps_stay_close():
     assert losses[1] != losses[0]
 
 
+def test_compile_is_one_flag(monkeypatch):
+    """The same steps and restored images, the same keys; inductor itself is tested with the denoiser."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    plain, compiled = make(), make({"compile": True})
+    assert compiled.net_g_ema.denoise_fn._compiled_call_impl and compiled.net_g.predictor._compiled_call_impl
+    assert list(compiled.net_g.state_dict()) == list(plain.net_g.state_dict())
+    for model in (plain, compiled):
+        step(model, 1, batch())
+        model.feed_data({"lq": batch()["lq"][:1], "key": ["a"]})
+        model.test()
+    torch.testing.assert_close(compiled.output, plain.output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights_of(compiled.net_g), weights_of(plain.net_g), rtol=1e-3, atol=1e-5)
+
+
+def test_bf16_sampling_stays_close():
+    outputs = []
+    for amp in (None, "bf16"):
+        model = make({"val": {"sampling": {"amp": amp}}})
+        model.feed_data({"lq": batch()["lq"], "key": list("abcd")})
+        model.test()
+        assert model.output.dtype == torch.float32
+        outputs.append(model.output)
+    difference = (outputs[1] - outputs[0]).abs().mean()
+    assert 0 < difference < 0.02
+
+
+def test_adam_is_fused_unless_the_options_say_otherwise():
+    assert make().optimizer_g.defaults["fused"] is True
+    assert not make({"train": {"optim_g": {"fused": False}}}).optimizer_g.defaults["fused"]
+    assert not make({"train": {"optim_g": {"foreach": True}}}).optimizer_g.defaults["fused"]
+
+
 def test_fp16_needs_cuda():
     with pytest.raises(UserError, match="amp: fp16 needs a CUDA device"):
         make({"train": {"amp": "fp16"}})
+    with pytest.raises(UserError, match="val:sampling:amp: fp16 needs a CUDA device"):
+        make({"val": {"sampling": {"amp": "fp16"}}})
 
 
 def test_a_step_without_a_finite_loss_changes_nothing_and_ten_stop():

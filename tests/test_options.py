@@ -52,7 +52,7 @@ def test_defaults_are_filled_in():
     assert opt["manual_seed"] == 0
     assert opt["datasets"]["val"]["io_backend"] == {"type": "disk"}
     assert opt["val"]["sampling"] == {
-        "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "clip_x0": True, "border": 0,
+        "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "clip_x0": True, "border": 0, "amp": None,
     }  # fmt: skip
     assert opt["diffusion"]["timesteps"] == 2000
     assert opt["train"]["optim_g"]["lr"] == 1e-3

@@ -83,7 +83,7 @@ class AKGBlock(nn.Module):
         h = self.norm2(_silu(self.conv1(self.norm1(x))))
         mix = features * self.noise_func(emb).view(len(x), -1, 1, 1)
         h = adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
-        return _silu(h) + self.res_conv(x)
+        return _silu(h).add_(self.res_conv(x))
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
         # Without the copy, torch leaves its memory-saving kernel for one that holds all (H W)^2 weights.
         q, k, v = self.qkv(self.norm(x)).view(b, 3, 1, c, h * w).transpose(-1, -2).contiguous().unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+        return self.out(y.transpose(-1, -2).reshape(b, c, h, w)).add_(x)
 
 
 class _Level(nn.Module):
