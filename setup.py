@@ -35,6 +35,10 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "dev": ["pytest>=7.4", "ruff==0.17.6"],
+        "dev": [
+            "pytest>=7.4",
+            "ruff==0.17.6",
+            "diffusers>=0.30",  # its schedulers are what the samplers are tested against
+        ],
     },
 )
