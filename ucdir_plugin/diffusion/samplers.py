@@ -4,8 +4,8 @@ All predict x_0 from the denoiser's eps, clamp it, and use the eps that goes wit
 Notation: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps; sigma = sqrt(1 / alpha_bar - 1) is the noise of
 x_t / sqrt(alpha_bar); lambda = -log(sigma).
 
-An image may be larger than all else in memory. So a sampler holds two (ddpm, ddim) or three (the others) tensors of
-its size and the noise of one step, and works in the tensor that the denoiser returned.
+An image may be larger than all else in memory. So a sampler works in the tensor that the denoiser returned, and holds
+two tensors of the image's size (ddpm, ddim) or three (the others), the noise of a step included.
 """
 
 from __future__ import annotations

@@ -6,7 +6,10 @@ dropped, or blended, when their results are merged; the noise of the step is dra
     grid = Grid.aligned(*lq.shape[-2:], tile=1024, overlap=64, stride=net.stride)
     residual = samplers.ddpm(split(net.denoise, grid, (lq, initial)), schedule, noise)
 
-The same :func:`tiled` evaluates a local network exactly, once the overlap is its :func:`receptive_field`.
+A local network is evaluated exactly, once the overlap is its receptive field:
+
+    radius = receptive_field(net.predict, 3, stride)
+    initial = tiled(net.predict, Grid.aligned(*lq.shape[-2:], tile=512, overlap=radius, stride=stride), lq)
 """
 
 from __future__ import annotations
@@ -331,8 +334,8 @@ def per_patch(
     For comparison: neighbours know nothing of each other's noise, so that seams show.
 
     Args:
-        sample: ``sample(number of the patch, *conditions)`` of one patch -> its x_0. The number is for the key of its
-            noise.
+        sample: ``sample(number, *conditions)`` of one patch -> its x_0. Each patch has another number, the same in
+            every run, for the key of its noise.
         grid, merge: as for :func:`tiled`.
         conditions: of one image: the first is (1, C, H, W), the others as the inputs of :func:`tiled`.
 
@@ -377,7 +380,8 @@ def _reach(function: Callable, channels: int, stride: int, limit: int, dim: int)
     margin = 32
     while True:
         margin = -(-min(margin, limit + 1) // stride) * stride
-        shape = [1, channels, max(2 * stride, 16), max(2 * stride, 16)]
+        across = stride * max(2, -(-16 // stride))  # enough for the padding of most layers
+        shape = [1, channels, across, across]
         shape[dim] = 3 * margin
         x = torch.linspace(-1, 1, math.prod(shape)).view(shape)
         x.narrow(dim, margin, margin).fill_(float("nan"))
