@@ -37,6 +37,10 @@ setup(
         "ninja>=1.10",  # with which torch builds the compiled AKGM, where there is a compiler
     ],
     extras_require={
-        "dev": ["pytest>=7.4", "ruff==0.17.6"],
+        "dev": [
+            "pytest>=7.4",
+            "ruff==0.17.6",
+            "diffusers>=0.30",  # its schedulers are what the samplers are tested against
+        ],
     },
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+SPACINGS = ("uniform", "trailing", "quadratic")
+"""The ways of :meth:`NoiseSchedule.respace` to choose levels."""
+
 
 class NoiseSchedule:
     """The constants of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) for t = 0 .. T-1.
@@ -46,19 +49,44 @@ class NoiseSchedule:
         """Betas equally spaced from ``start`` to ``end`` (DDPM; UCDIR trains with 2000 steps, 1e-6 to 1e-2)."""
         return cls(np.linspace(start, end, timesteps, dtype=np.float64))
 
-    def respace(self, steps: int) -> NoiseSchedule:
-        """A schedule of ``steps`` steps at the noise levels round(linspace(0, T-1, steps)) of this one.
+    def respace(self, steps: int, spacing: str = "uniform") -> NoiseSchedule:
+        """A schedule of ``steps`` steps at some of this one's noise levels, always with the noisiest.
 
-        With one step, the noisiest level. The paper's "50 steps by uniform interpolation".
+        Args:
+            steps: 1 .. T.
+            spacing: ``uniform``, indices round(linspace(0, T-1, steps)), the paper's "50 steps by uniform
+                interpolation"; ``trailing``, round(T k / steps) - 1 for k = 1 .. steps, which spends no step on the
+                cleanest level (arXiv 2305.08891); ``quadratic``, round((T-1) linspace(0, 1, steps)^2), denser at
+                small noise (DDIM, arXiv 2010.02502), moved apart where that would take a level twice.
 
         Raises:
-            ValueError: if ``steps`` is not in 1 .. T.
+            ValueError: if ``steps`` is not in 1 .. T, or at an unknown spacing.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be between 1 and the schedule's {len(self)}, got {steps}")
-        indices = np.round(np.linspace(len(self) - 1, 0, steps)).astype(int)[::-1]
-        alpha_bar = self.alpha_bar[indices]
+        if spacing == "uniform":
+            indices = np.round(np.linspace(len(self) - 1, 0, steps))[::-1]
+        elif spacing == "trailing":
+            indices = np.round(len(self) * np.arange(1, steps + 1) / steps) - 1
+        elif spacing == "quadratic":
+            order, ramp = np.arange(steps), np.linspace(1, 0, steps)[::-1]
+            indices = np.maximum.accumulate(np.round((len(self) - 1) * ramp**2) - order) + order
+        else:
+            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+        alpha_bar = self.alpha_bar[indices.astype(int)]
         return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+
+    def truncate(self, timesteps: int) -> NoiseSchedule:
+        """The first (cleanest) ``timesteps`` steps: where a sampler starts from a noised guess at t* < T.
+
+        ``schedule.truncate(t).respace(steps)`` has its noisiest level at t; pass ``start`` to the sampler with it.
+
+        Raises:
+            ValueError: if ``timesteps`` is not in 1 .. T.
+        """
+        if not 1 <= timesteps <= len(self):
+            raise ValueError(f"timesteps must be between 1 and the schedule's {len(self)}, got {timesteps}")
+        return NoiseSchedule(self.betas[:timesteps])
 
     def sample_level(self, generator: torch.Generator) -> float:
         """Draw one continuous noise level: t uniform in 1 .. T, then uniform between its two levels."""
