@@ -75,9 +75,9 @@ def test_sampling_computes_the_guide_once(monkeypatch):
     guide_features = net.denoise_fn.guide_features
     monkeypatch.setattr(net.denoise_fn, "guide_features", lambda g: calls.append(1) or guide_features(g))
     lq, initial, x_t, level = (*torch.randn(3, 1, 3, 8, 8), torch.tensor([0.5]))
-    denoise = net.denoiser(lq, initial)
+    guide = net.prepare(initial)
     for _ in range(3):
-        torch.testing.assert_close(denoise(x_t, level), net.denoise_fn(torch.cat((lq, x_t), 1), level, initial))
+        torch.testing.assert_close(net.denoise(x_t, level, lq, guide), net.denoise(x_t, level, lq, initial))
     assert len(calls) == 1 + 3  # once, and by each of the calls to compare with
 
 

@@ -10,6 +10,7 @@ from conftest import TINY, merged
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.models.ucdir_model import training_noise
 from ucdir_plugin.options import check_options
+from ucdir_plugin.sampling import sampling_schedule
 
 
 def make(changes=None, is_train=True, **path):
@@ -68,7 +69,7 @@ def test_sampling_defaults_without_complete_options():
     opt = merged(TINY, {"val": {"sampling": None}})
     opt.update(dist=False, rank=0, world_size=1, num_gpu=0, is_train=False, manual_seed=0, path={})
     model = build_model(opt)
-    assert len(model.sampling_schedule()) == 50
+    assert len(sampling_schedule(model.schedule, model.sampling)) == 50
     assert len(model.schedule) == 2000
 
 
@@ -143,6 +144,67 @@ def test_bf16_sampling_stays_close():
     assert 0 < difference < 0.02
 
 
+def restored(sampling, size=(24, 28), count=1):
+    model = make({"val": {"sampling": sampling}})
+    torch.manual_seed(2)
+    model.feed_data({"lq": torch.rand(count, 3, *size), "key": list("abcd")[:count]})
+    model.test()
+    return model
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"])
+def test_every_sampler_is_an_option(sampler):
+    calls = []
+    model = make({"val": {"sampling": {"sampler": sampler, "steps": 5, "spacing": "trailing"}}})
+    model.net_g_ema.denoise_fn.register_forward_hook(lambda *args: calls.append(1))
+    model.feed_data({"lq": batch()["lq"][:1], "key": ["a"]})
+    model.test()
+    assert len(calls) == (9 if sampler == "heun" else 5)
+    assert model.output.isfinite().all()
+
+
+def test_warm_start_samples_below_its_timestep():
+    cold, warm = (restored({"steps": 4, "start_timestep": t}) for t in (None, 100))
+    levels = [sampling_schedule(m.schedule, m.sampling).levels[-1] for m in (cold, warm)]
+    assert levels[1] == pytest.approx(cold.schedule.levels[100]) and levels[1] > levels[0]
+    residual = [(m.output - m.initial).abs().mean() for m in (cold, warm)]
+    assert residual[1] < residual[0]  # an untrained network leaves the noise in: there is less of it
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"tile": 16, "overlap": 4}, {"tile": 16, "overlap": 4, "tile_batch": 3, "merge": "blend"},
+                 {"tile": 16, "overlap": 4, "grid": "released", "border": 3, "cache_mb": 0}], ids=str,
+)  # fmt: skip
+def test_tiles_of_a_size_that_covers_the_image_change_nothing_and_smaller_ones_little(sampling):
+    """The tiny network is not local (GroupNorm), so smaller patches come close, no more."""
+    whole = restored({**sampling, "tile": None})
+    torch.testing.assert_close(restored({**sampling, "tile": 40}).output, whole.output, rtol=0, atol=0)
+    tiled = restored(sampling)
+    torch.testing.assert_close(tiled.initial, whole.initial, rtol=1e-5, atol=1e-5)  # its predictor is local
+    difference = (tiled.output - whole.output).abs()
+    assert 0 < difference.mean() < 0.2 * (whole.output - whole.initial).abs().mean()
+
+
+def test_guide_features_of_patches_are_computed_once(monkeypatch):
+    from ucdir_plugin.archs import UCDIRDenoiser
+
+    calls, guide_features = [], UCDIRDenoiser.guide_features
+    monkeypatch.setattr(
+        UCDIRDenoiser, "guide_features", lambda self, g: calls.append(g.shape) or guide_features(self, g)
+    )
+    kept = restored({"tile": 16, "overlap": 4, "steps": 3})
+    patches = len(calls)
+    anew = restored({"tile": 16, "overlap": 4, "steps": 3, "cache_mb": 0})
+    assert patches > 1 and len(calls) - patches == 3 * patches
+    torch.testing.assert_close(kept.output, anew.output, rtol=0, atol=0)
+
+
+def test_patches_sampled_on_their_own_have_their_own_noise():
+    inter, own = (restored({"tile": 16, "overlap": 4, "split": split}) for split in ("inter_step", "per_patch"))
+    assert (inter.output - own.output).abs().mean() > 1e-3
+    torch.testing.assert_close(inter.initial, own.initial)
+
+
 def test_adam_is_fused_unless_the_options_say_otherwise():
     assert make().optimizer_g.defaults["fused"] is True
     assert not make({"train": {"optim_g": {"fused": False}}}).optimizer_g.defaults["fused"]
@@ -209,7 +271,7 @@ def test_result_is_prediction_plus_residual_and_border_is_cut():
 
 def test_rescaled_schedule():
     model = make({"val": {"sampling": {"spacing": "rescale", "steps": 200, "rescale_end": 0.1}}})
-    schedule = model.sampling_schedule()
+    schedule = sampling_schedule(model.schedule, model.sampling)
     assert len(schedule) == 200
     assert schedule.betas[0] == pytest.approx(1e-6)
     assert schedule.betas[-1] == pytest.approx(0.1)
@@ -259,7 +321,7 @@ def test_overfitting_one_pair_restores_it(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(denoiser, "guide_features", lambda guide: guide_features(torch.zeros_like(guide)))
         no_guide = restored()
-    levels = model.sampling_schedule().levels[1:]
+    levels = sampling_schedule(model.schedule, model.sampling).levels[1:]
     shuffled = dict(zip(levels.tolist(), levels[torch.randperm(50).numpy()].tolist()))
     with monkeypatch.context() as patch:
 

@@ -52,7 +52,9 @@ def test_defaults_are_filled_in():
     assert opt["manual_seed"] == 0
     assert opt["datasets"]["val"]["io_backend"] == {"type": "disk"}
     assert opt["val"]["sampling"] == {
-        "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "clip_x0": True, "border": 0, "amp": None,
+        "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "eta": None, "start_timestep": None,
+        "clip_x0": True, "dynamic_threshold": None, "border": 0, "amp": None, "tile": None, "overlap": 64,
+        "tile_batch": 1, "grid": "aligned", "merge": "drop", "split": "inter_step", "cache_mb": 1024,
     }  # fmt: skip
     assert opt["diffusion"]["timesteps"] == 2000
     assert opt["train"]["optim_g"]["lr"] == 1e-3
@@ -65,7 +67,7 @@ FAULTS = [
     ({"val": {"sampling": {"steps": 2.5}}}, "option val:sampling:steps: .*integer.*got 2.5"),
     ({"val": {"sampling": {"steps": 0}}}, "option val:sampling:steps: .*greater than 0, got 0"),
     ({"val": {"sampling": {"steps": 3000}}}, "option val:sampling:steps: 3000 is more than the schedule's 2000"),
-    ({"val": {"sampling": {"sampler": "ddmp"}}}, "option val:sampling:sampler: .*'ddpm', got 'ddmp'"),
+    ({"val": {"sampling": {"sampler": "ddmp"}}}, "option val:sampling:sampler: .*'ddpm', .* got 'ddmp'"),
     ({"val": {"metrics": {"psnr": {"type": "calculate_psnrr"}}}}, "no metric 'calculate_psnrr'; did you mean"),
     ({"val": {"metrics": {"psnr": {"crop_broder": 0}}}}, "unknown option val:metrics:psnr:crop_broder; .*'crop_border'"),
     ({"train": {"total_iter": "many"}}, "option train:total_iter: .*integer, got 'many'"),
@@ -205,3 +207,22 @@ def test_foreign_models_keep_their_own_options():
     assert "diffusion" not in opt
     with pytest.raises(UserError, match="option train:total_iter"):
         check_options(merged(foreign, {"train": {"total_iter": 2.5}}), True)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"tile": 100}, "overlap: 64 must be smaller than half the tile .100.: take at most 49"),
+        ({"steps": 0}, "steps: .*greater than 0"),
+        ({"steps": 5000}, "steps: 5000 is more than the schedule's 2000"),
+        ({"steps": 50, "start_timestep": 20}, "steps: 50 is more than start_timestep's 20"),
+        ({"start_timestep": 3000}, "start_timestep: 3000 is more than"),
+        ({"start_timestep": 100, "spacing": "rescale"}, "no meaning with spacing: rescale"),
+        ({"eta": 0.5}, "eta: has no meaning for ddpm"),
+        ({"dynamic_threshold": 0.99, "clip_x0": False}, "set clip_x0 to true"),
+        ({"sampler": "dpmpp"}, "val:sampling:sampler"),
+    ],
+)
+def test_impossible_sampling(sampling, message):
+    with pytest.raises(UserError, match=f"val:sampling:.*{message}|{message}"):
+        check_options(merged(TINY, {"val": {"sampling": sampling}}), True)

@@ -113,13 +113,49 @@ class ScheduleOptions(_Schema):
 class SamplingOptions(_Schema):
     """How validation and test sample."""
 
-    sampler: Literal["ddpm"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"] = "ddpm"
     steps: PositiveInt = 50
-    spacing: Literal["respace", "rescale"] = "respace"
+    spacing: Literal["respace", "trailing", "quadratic", "rescale"] = "respace"
     rescale_end: float = Field(0.1, gt=0, lt=1)
+    eta: Optional[float] = Field(None, ge=0, le=1)
+    start_timestep: Optional[PositiveInt] = None
     clip_x0: bool = True
+    dynamic_threshold: Optional[float] = Field(None, gt=0, le=1)
     border: NotNegativeInt = 0
     amp: Optional[Literal["bf16", "fp16"]] = None
+    tile: Optional[PositiveInt] = None
+    overlap: NotNegativeInt = 64
+    tile_batch: PositiveInt = 1
+    grid: Literal["aligned", "released"] = "aligned"
+    merge: Literal["drop", "blend"] = "drop"
+    split: Literal["inter_step", "per_patch"] = "inter_step"
+    cache_mb: NotNegativeInt = 1024
+
+
+def _check_sampling(sampling: Mapping[str, Any], timesteps: int) -> None:
+    """What the keys of SamplingOptions say together."""
+
+    def fault(key: str, message: str) -> None:
+        raise UserError(f"option val:sampling:{key}: {message}")
+
+    steps, start = sampling["steps"], sampling["start_timestep"]
+    if start is not None and start > timesteps:
+        fault("start_timestep", f"{start} is more than the schedule's {timesteps} (diffusion)")
+    if start is not None and sampling["spacing"] == "rescale":
+        fault("start_timestep", "has no meaning with spacing: rescale; remove one of them")
+    if steps > (start or timesteps):
+        of = f"start_timestep's {start}" if start else f"the schedule's {timesteps} (diffusion)"
+        fault("steps", f"{steps} is more than {of}")
+    if sampling["eta"] is not None and sampling["sampler"] not in ("ddim", "dpmpp_2m_sde"):
+        fault("eta", f"has no meaning for {sampling['sampler']}, only for ddim and dpmpp_2m_sde; remove it")
+    if sampling["dynamic_threshold"] is not None and not sampling["clip_x0"]:
+        fault("dynamic_threshold", "is a way to clip x0: set clip_x0 to true")
+    if sampling["tile"] is not None and 2 * sampling["overlap"] >= sampling["tile"]:
+        fault(
+            "overlap",
+            f"{sampling['overlap']} must be smaller than half the tile ({sampling['tile']}):"
+            f" take at most {(sampling['tile'] - 1) // 2}, or a larger tile",
+        )
 
 
 class _Typed(_Schema):
@@ -422,9 +458,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             _check_train(opt["train"], own_model)
             if not own_model:
                 _drop_own(opt["train"], raw["train"], opt["model_type"])
-        steps, timesteps = opt["val"]["sampling"]["steps"], opt["diffusion"]["timesteps"]
-        if steps > timesteps:
-            raise UserError(f"option val:sampling:steps: {steps} is more than the schedule's {timesteps} (diffusion)")
+        _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
         if not own_model:
             if opt["compile"]:
                 raise UserError(f"option compile is for UCDIRModel; {opt['model_type']} would ignore it")

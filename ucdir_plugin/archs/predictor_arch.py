@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import register
 
@@ -60,6 +63,15 @@ class SIDUNet(nn.Module):
             nn.init.zeros_(head.bias)
         self.add_module(f"conv{2 * levels}_1", head)
 
+    @property
+    def stride(self) -> int:
+        return 2 ** (self.levels - 1)
+
+    @property
+    def receptive_field(self) -> int:
+        """How far an output pixel looks, in pixels: 94 for five levels."""
+        return _receptive_field(self.levels)
+
     def _add_pair(self, i: int, channels: int, out: int) -> None:
         self.add_module(f"conv{i}_1", nn.Conv2d(channels, out, 3, padding=1))
         self.add_module(f"conv{i}_2", nn.Conv2d(out, out, 3, padding=1))
@@ -71,10 +83,7 @@ class SIDUNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        if self.released_padding:
-            padded = pad_to_multiple(x, 32, always=True)
-        else:
-            padded = pad_to_multiple(x, 2 ** (self.levels - 1))
+        padded = pad_to_multiple(x, 32, always=True) if self.released_padding else pad_to_multiple(x, self.stride)
         skips = [self._pair(1, padded)]
         for i in range(2, self.levels + 1):
             skips.append(self._pair(i, F.max_pool2d(skips[-1], 2)))
@@ -83,3 +92,9 @@ class SIDUNet(nn.Module):
             y = self._pair(i, torch.cat((getattr(self, f"upv{i}")(y), skips.pop()), 1))
         y = getattr(self, f"conv{2 * self.levels}_1")(y)[..., :h, :w]
         return x + y if self.residual else y
+
+
+@functools.cache
+def _receptive_field(levels: int) -> int:
+    net = SIDUNet(width=1, levels=levels).eval()  # it does not depend on the width
+    return tiling.receptive_field(net, 3, net.stride)

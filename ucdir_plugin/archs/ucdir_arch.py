@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -351,18 +351,17 @@ class UCDIR(nn.Module):
             )
         return initial
 
-    def denoise(self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,)."""
-        return self.denoise_fn(torch.cat((lq, x_t), 1), level, initial)
+    def prepare(self, initial: torch.Tensor) -> Any:
+        """The guide as :meth:`denoise` takes it, with all computed that does not change between sampling steps."""
+        guide_features = getattr(self.denoise_fn, "guide_features", None)
+        return initial if guide_features is None else guide_features(initial)
 
-    def denoiser(self, lq: torch.Tensor, initial: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """:meth:`denoise` of one image or batch as a function of x_t and level, for sampling.
+    def denoise(self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, guide: Any) -> torch.Tensor:
+        """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,).
 
-        What does not change between steps is computed here, once.
+        ``guide`` is the initial prediction, (B, 3, H, W) in [-1, 1], or what :meth:`prepare` made of it.
         """
-        prepare = getattr(self.denoise_fn, "guide_features", None)
-        guide = initial if prepare is None else prepare(initial)
-        return lambda x_t, level: self.denoise_fn(torch.cat((lq, x_t), 1), level, guide)
+        return self.denoise_fn(torch.cat((lq, x_t), 1), level, guide)
 
     def forward(
         self, lq: torch.Tensor, hr: torch.Tensor, level: torch.Tensor, noise: torch.Tensor

@@ -10,14 +10,13 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from basicsr.losses import build_loss
 from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ucdir_plugin.diffusion import samplers
+from ucdir_plugin import sampling
 from ucdir_plugin.diffusion.noise import generator, normal
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError
@@ -257,12 +256,6 @@ class UCDIRModel(SRModel):
 
     # Sampling
 
-    def sampling_schedule(self) -> NoiseSchedule:
-        """The schedule of ``val: sampling``: the training one respaced (paper), or a new linear one (release)."""
-        if self.sampling.spacing == "rescale":
-            return NoiseSchedule.linear(self.sampling.steps, self.schedule.betas[0], self.sampling.rescale_end)
-        return self.schedule.respace(self.sampling.steps)
-
     @torch.no_grad()
     def test(self) -> None:
         """Restore ``self.lq``: sets ``self.initial`` and ``self.output``, (B, 3, H, W) in [0, 1] up to overshoot.
@@ -271,30 +264,16 @@ class UCDIRModel(SRModel):
         """
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         training, net = net.training, net.eval()
-        border = self.sampling.border
-        lq = self.lq * 2 - 1
-        if border:
-            mode = "reflect" if border < min(lq.shape[-2:]) else "replicate"
-            lq = F.pad(lq, (border,) * 4, mode=mode)
 
-        def noise(draw: int) -> torch.Tensor:
-            streams = [
-                normal(lq.shape[1:], self.opt["manual_seed"], "sample", key, draw, device=self.device)
-                for key in self.keys
-            ]
-            return torch.stack(streams)
+        def noise(shape: torch.Size, draw: int, *key: Any) -> torch.Tensor:
+            seed = self.opt["manual_seed"]
+            images = [normal(shape[1:], seed, "sample", name, draw, *key, device=self.device) for name in self.keys]
+            return torch.stack(images)
 
-        def denoise(x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-            with self._autocast(self.sampling_dtype):
-                return denoiser(x_t, level).float()
-
-        with self._autocast(self.sampling_dtype):
-            initial = net.predict(lq).float()
-            denoiser = net.denoiser(lq, initial)
-        residual = samplers.ddpm(denoise, self.sampling_schedule(), noise, self.sampling.clip_x0)
-        inner = (..., slice(border, lq.shape[-2] - border), slice(border, lq.shape[-1] - border))
-        self.initial = (initial[inner] + 1) / 2
-        self.output = ((initial + residual)[inner] + 1) / 2
+        initial, output = sampling.restore(
+            net, self.lq * 2 - 1, self.schedule, self.sampling, noise, lambda: self._autocast(self.sampling_dtype)
+        )
+        self.initial, self.output = (initial + 1) / 2, (output + 1) / 2
         net.train(training)
 
     def get_current_visuals(self) -> OrderedDict:
