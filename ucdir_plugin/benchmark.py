@@ -45,23 +45,8 @@ def plain_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
     return F.conv2d(x, weight.view(channels, channels, 3, 3), bias[:channels], padding=1)
 
 
-def _with(module: Any) -> Callable:
-    """AKGM by one implementation."""
-
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(akgm, "choose", lambda x, bases: module):
-            return akgm.adaptive_kernel_conv(x, weight, bias, mix)
-
-    return run
-
-
-AKGM = {
-    "plain convolution": plain_convolution,
-    "released formulation": released_formulation,
-    "loop": _with(None),
-    "tiled": _with(akgm_tiled),
-    "compiled": _with(akgm_compiled),
-}
+REPLACED = {"plain convolution": plain_convolution, "released formulation": released_formulation}
+CHOSEN = {"loop": None, "tiled": akgm_tiled, "compiled": akgm_compiled}
 
 
 def _variants(*names: str) -> list[str]:
@@ -69,14 +54,13 @@ def _variants(*names: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _network(variant: str) -> Iterator[None]:
-    """Networks that are run, forward and backward, as this variant."""
+def _as(variant: str) -> Iterator[None]:
+    """AKGM and networks are run, forward and backward, as this variant."""
     with contextlib.ExitStack() as stack:
-        if variant in ("tiled", "compiled", "loop"):
-            module = {"tiled": akgm_tiled, "compiled": akgm_compiled, "loop": None}[variant]
-            stack.enter_context(mock.patch.object(akgm, "choose", lambda x, bases: module))
+        if variant in CHOSEN:
+            stack.enter_context(mock.patch.object(akgm, "choose", lambda x, bases: CHOSEN[variant]))
         else:
-            stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", AKGM[variant]))
+            stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", REPLACED[variant]))
         if variant == "released formulation":
             stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
             stack.enter_context(mock.patch.object(ucdir_arch, "_silu", F.silu))
@@ -146,7 +130,7 @@ def _akgm_call(
 
     x, mix, grad_y = (tensor(batch, c, size, size) for c in (channels, bases, channels))
     weight, bias = tensor(channels * bases, per_group, 3, 3) * (9 * per_group) ** -0.5, tensor(channels * bases)
-    function = AKGM[variant]
+    function = REPLACED.get(variant, akgm.adaptive_kernel_conv)
     if variant == "plain convolution":
         weight, bias = weight.view(channels, channels, 3, 3).contiguous(memory_format=layout), bias[:channels].clone()
         inputs = [x, weight, bias]
@@ -157,11 +141,10 @@ def _akgm_call(
         inputs = [x, weight, bias, mix]
 
     def call() -> None:
-        if train:
-            torch.autograd.grad(function(*inputs), inputs, grad_y)
-        else:
-            with torch.no_grad():
-                function(*inputs)
+        with _as(variant), torch.set_grad_enabled(train):
+            y = function(*inputs)
+            if train:
+                torch.autograd.grad(y, inputs, grad_y)
 
     for t in inputs:
         t.requires_grad_(train)
@@ -224,7 +207,7 @@ def _step_of(variant: str, net: UCDIRDenoiser, batch: int, size: int) -> Callabl
 
     @torch.no_grad()
     def call() -> None:
-        with _network(variant):
+        with _as(variant):
             net(x, level, guide)
 
     return call
@@ -280,7 +263,7 @@ def _train_call(variant: str, batch: int = 16, size: int = 64, use_checkpoint: b
     level = torch.rand(batch)
 
     def call() -> None:
-        with _network(variant):
+        with _as(variant):
             optimizer.zero_grad(set_to_none=True)
             F.l1_loss(net(x, level, guide), noise).backward()
             optimizer.step()

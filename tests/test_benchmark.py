@@ -1,0 +1,91 @@
+"""The benchmark compares what it says: variants that compute the same, and ratios of them."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_one_line_error
+
+from ucdir_plugin import benchmark
+from ucdir_plugin.archs import UCDIRDenoiser, akgm_compiled
+
+NAMES = benchmark._variants(*benchmark.REPLACED, *benchmark.CHOSEN)
+TINY = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
+
+
+def test_variants_of_the_network_differ_in_speed_only():
+    """All but the plain convolution; each is really taken, forward and backward."""
+    torch.manual_seed(0)
+    net = UCDIRDenoiser(**TINY)
+    x, level, guide = torch.randn(1, 6, 12, 12), torch.tensor([0.5]), torch.randn(1, 3, 12, 12)
+    results = {}
+    for name in NAMES:
+        with benchmark._as(name):
+            out = net(x, level, guide)
+            results[name] = (out, *torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True))
+    expected = results.pop("released formulation")
+    plain = results.pop("plain convolution")
+    assert (plain[0] - expected[0]).abs().max() > 1e-3
+    for found in results.values():
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiled", "compiled"])
+def test_a_variant_is_the_implementation_of_its_name(name, monkeypatch):
+    if name not in NAMES:
+        pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
+    module = benchmark.CHOSEN[name]
+    calls = []
+    for direction in ("forward", "backward"):
+        function = getattr(module, direction)
+        monkeypatch.setattr(module, direction, lambda *a, f=function, d=direction: calls.append(d) or f(*a))
+    benchmark._akgm_call(name, 1, 8, 6, True, False)()
+    assert calls == ["forward", "backward"]
+    calls.clear()
+    with benchmark._as(name):
+        UCDIRDenoiser(**TINY)(torch.randn(1, 6, 8, 8)[:, :6], torch.ones(1), torch.randn(1, 3, 8, 8)).sum().backward()
+    assert calls.count("forward") == calls.count("backward") > 0
+
+
+def test_medians_of_alternating_calls(monkeypatch):
+    clock, order = [0.0], []
+    cost = {"a": iter([9, 1, 2, 3]), "b": iter([9, 6, 4, 5])}  # the first is the warm-up
+
+    def call(name):
+        order.append(name)
+        clock[0] += next(cost[name])
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    assert benchmark.alternate({n: lambda n=n: call(n) for n in "ab"}, 3) == {"a": 2, "b": 5}
+    assert "".join(order) == "abababab"
+
+
+def test_peak_memory_sees_what_the_release_holds():
+    """C * N channels and their product with the mix: 16 tensors of C * H * W; the compiled one needs none."""
+    size = 4 * 64 * 128 * 128 / 2**20
+    peak = benchmark.peak_memory("_akgm_call", "released formulation", 1, 64, 128, False, False)
+    assert 14 * size < peak < 20 * size
+    if akgm_compiled.available():
+        assert benchmark.peak_memory("_akgm_call", "compiled", 1, 64, 128, False, True) < 2.5 * size  # with the result
+
+
+def test_a_table_and_its_picture(tmp_path):
+    rows = [{"grows": g, "value": v, "tiled": v / 10, "compiled": v / 20} for g in ("size", "batch") for v in (1, 2)]
+    result = benchmark._result("growth", rows)
+    text = benchmark.table(result)
+    assert "| size | 2 | 0.2 | 0.1 |" in text
+    assert json.loads(text.strip().splitlines()[-1])["rows"] == rows
+    benchmark.draw_complexity(result, str(tmp_path / "growth.png"))
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["forward", "--size", "0"], "must be at least 1"),
+        (["complexity", "--figure", "no/such/folder/a.png"], "no such folder"),
+    ],
+)
+def test_bad_arguments(arguments, message, workplace):
+    assert_one_line_error(workplace.run("benchmark.py", *arguments), message)
