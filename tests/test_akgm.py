@@ -273,6 +273,24 @@ print(torch.backends.cpu.get_cpu_capability().lower(), "equal")
     assert done.stdout == f"{capability} equal\n", done.stderr
 
 
+def test_two_processes_build_at_once(tmp_path):
+    """As the ranks of a training do: both get the library, one file stays, and it is not built again."""
+    if not akgm_compiled.available():
+        pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
+    script = "from ucdir_plugin.archs import akgm_compiled; print(akgm_compiled.available())"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert out.endswith("True\n"), err
+    (library,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert library.suffix == ".so" and len(list((tmp_path / "ucdir_plugin").iterdir())) == 1
+    built = library.stat().st_mtime_ns
+    assert subprocess.run([sys.executable, "-c", script], **pipes).stdout == "True\n"
+    assert library.stat().st_mtime_ns == built
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

@@ -34,6 +34,7 @@ struct Vector {
 };
 template <typename T>
 using Vec = typename Vector<T>::type;
+
 // memcpy, since type deduction loses the attribute of a type that need not be aligned.
 template <typename T, typename V = Vec<T>>
 INLINE V load(const T* p) {
@@ -43,6 +44,7 @@ INLINE V load(const T* p) {
 }
 template <typename T, typename V>
 INLINE void store(T* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+
 // The compiler would read an operand that is used twice from memory twice; the load ports are the bottleneck then.
 template <typename V>
 INLINE V in_register(V v) {
@@ -205,6 +207,12 @@ struct Image {
   long channels, height, width;
   bool channels_last;
 
+  // A row of pixels of a channels-last tensor, of one channel of a contiguous one.
+  T* pixel(long image, long row) const { return data + (image * height + row) * width * channels; }
+  T* line(long image, long channel, long row) const {
+    return data + ((image * channels + channel) * height + row) * width;
+  }
+
   // Rows [top, bottom) of channels [first, first + count) -> planes, zeros beyond the image and behind each row.
   using Value = std::remove_const_t<T>;
   void pack(long image, long first, long count, long top, long bottom, Value* planes, long stride) const {
@@ -216,10 +224,10 @@ struct Image {
         continue;
       }
       if (channels_last)
-        transpose<Value>(data + ((image * height + row) * width) * channels + first, channels, dst, stride, width, count);
+        transpose<Value>(pixel(image, row) + first, channels, dst, stride, width, count);
       else
         for (long ch = 0; ch < count; ch++)
-          std::memcpy(dst + ch * stride, data + ((image * channels + first + ch) * height + row) * width, width * sizeof(T));
+          std::memcpy(dst + ch * stride, line(image, first + ch, row), width * sizeof(T));
       for (long ch = 0; ch < count; ch++) dst[ch * stride + width] = 0;
     }
   }
@@ -227,11 +235,11 @@ struct Image {
   // The opposite for one row that lies in the image.
   void unpack(long image, long first, long count, long row, const T* planes, long stride, bool add = false) const {
     if (channels_last) {
-      transpose(planes, stride, data + ((image * height + row) * width) * channels + first, channels, count, width, add);
+      transpose(planes, stride, pixel(image, row) + first, channels, count, width, add);
       return;
     }
     for (long ch = 0; ch < count; ch++) {
-      T* dst = data + ((image * channels + first + ch) * height + row) * width;
+      T* dst = line(image, first + ch, row);
       const T* src = planes + ch * stride;
       for (long i = 0; i < width; i++) dst[i] = src[i] + (add ? dst[i] : T(0));
     }
@@ -334,8 +342,11 @@ bool forward(const Shape& s, const Image<const T>& x, const T* weight, const T* 
           for (long g = 0; g < groups; g++)
             for (long v = 0; v < vectors;) {
               const long left = vectors - v, take = left == 4 ? 2 : std::min(left, 3L);
-              const auto block = take == 3 ? mix_bases<T, BASES, 3> : take == 2 ? mix_bases<T, BASES, 2> : mix_bases<T, BASES, 1>;
-              block(xs + g * c * x_stride + lead + pitch + v * L, x_stride, pitch, packed + (first + g) * c * k * s.bases,
+              const auto block = take == 3   ? mix_bases<T, BASES, 3>
+                                 : take == 2 ? mix_bases<T, BASES, 2>
+                                             : mix_bases<T, BASES, 1>;
+              block(xs + g * c * x_stride + lead + pitch + v * L, x_stride, pitch,
+                    packed + (first + g) * c * k * s.bases,
                     bias + (first + g) * c * s.bases, s.bases, ms + v * L, ys + g * c * stride + v * L, stride, c);
               v += take;
             }
@@ -495,7 +506,8 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
             }
           }
         for (long row = std::max(0L, top - 1); row < std::min(s.height, bottom + 1); row++)
-          gx.unpack(image, first * c, groups * c, row, gxs + lead + (row - top + 1) * pitch, x_stride, top > 0 && row <= top);
+          gx.unpack(image, first * c, groups * c, row, gxs + lead + (row - top + 1) * pitch, x_stride,
+                    top > 0 && row <= top);
       }
       for (long row = top; row < bottom; row++)
         gm_out.unpack(image, 0, s.bases, row, gms + (row - top) * pitch, stride);
@@ -507,7 +519,7 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
 
 // grad[n][ci][k] += sum_p gz[n][p] x[ci][k][p] for BASES bases, INPUTS input channels and the three k of one row.
 template <typename T, int BASES, int INPUTS>
-INLINE void outer(const T* row, long channel_stride, long x_segment, const T* gz, long gz_stride, long gz_segment,
+void outer(const T* row, long channel_stride, long x_segment, const T* gz, long gz_stride, long gz_segment,
                   long segments, long vectors, T* grad, long grad_stride) {
   constexpr long L = Vector<T>::lanes;
   Vec<T> sums[BASES * INPUTS * 3] = {};
@@ -557,7 +569,8 @@ bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const
       for (long i = 0; i < segments; i++) {
         T* p = xs + i * x_segment;
         x.pack(start + i, first * c, groups * c, top - 1, bottom + 1, p + lead, x_stride);
-        for (long ch = 0; ch < groups * c; ch++) clear_ends(p + ch * x_stride, 1, x_segment, lead, lead + positions + 2 * pitch);
+        for (long ch = 0; ch < groups * c; ch++)
+          clear_ends(p + ch * x_stride, 1, x_segment, lead, lead + positions + 2 * pitch);
         gy.pack(start + i, first * c, groups * c, top, bottom, gys + i * segment, stride);
         mix.pack(start + i, 0, s.bases, top, bottom, ms + i * segment, stride);
         for (long ch = 0; ch < groups * c; ch++)
@@ -586,10 +599,8 @@ bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const
             for (long ci = 0; ci < c; ci += 2)
               for (long dy = 0; dy < 3; dy++) {
                 const T* row = xs + (g * c + ci) * x_stride + lead + dy * pitch - 1;
-                if (ci + 1 < c)
-                  outer<T, BASES, 2>(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
-                else
-                  outer<T, BASES, 1>(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
+                const auto add = ci + 1 < c ? outer<T, BASES, 2> : outer<T, BASES, 1>;
+                add(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
               }
           }
         }
@@ -600,8 +611,10 @@ bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const
 // ------------------------------------------------------------------------------------------------------------ entries
 
 template <typename T>
-int run_forward(const Shape& s, const T* x, const T* weight, const T* bias, const T* mix, T* y, int x_last, int mix_last) {
-  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0}, mi{mix, s.bases, s.height, s.width, mix_last != 0};
+int run_forward(const Shape& s, const T* x, const T* weight, const T* bias, const T* mix, T* y, int x_last,
+                int mix_last) {
+  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0};
+  const Image<const T> mi{mix, s.bases, s.height, s.width, mix_last != 0};
   const Image<T> yi{y, s.channels, s.height, s.width, x_last != 0};
   if (MAX_BASES == 8 && s.bases % 8 == 0) return !forward<T, MAX_BASES>(s, xi, weight, bias, mi, yi);
   if (s.bases % 4 == 0) return !forward<T, 4>(s, xi, weight, bias, mi, yi);
@@ -612,9 +625,11 @@ int run_forward(const Shape& s, const T* x, const T* weight, const T* bias, cons
 template <typename T>
 int run_backward(const Shape& s, const T* x, const T* weight, const T* bias, const T* mix, const T* gy, T* gx, T* gw,
                  T* gb, T* gm, T* partial_mix, long mix_splits, long weight_splits, int x_last, int mix_last) {
-  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0}, mi{mix, s.bases, s.height, s.width, mix_last != 0};
+  const Image<const T> xi{x, s.channels, s.height, s.width, x_last != 0};
+  const Image<const T> mi{mix, s.bases, s.height, s.width, mix_last != 0};
   const Image<const T> gyi{gy, s.channels, s.height, s.width, x_last != 0};
-  const Image<T> gxi{gx, s.channels, s.height, s.width, x_last != 0}, gmi{gm, s.bases, s.height, s.width, mix_last != 0};
+  const Image<T> gxi{gx, s.channels, s.height, s.width, x_last != 0};
+  const Image<T> gmi{gm, s.bases, s.height, s.width, mix_last != 0};
   bool good = true;
   if (gw && MAX_BASES == 8 && s.bases % 4 == 0)
     good = backward_weights<T, MAX_BASES / 2>(s, xi, mi, gyi, gw, gb, weight_splits);
@@ -636,13 +651,14 @@ int run_backward(const Shape& s, const T* x, const T* weight, const T* bias, con
 // 0, or 1 where memory is short.
 #define ENTRIES(T, SUFFIX)                                                                                            \
   extern "C" int akgm_forward_##SUFFIX(long batch, long channels, long bases, long height, long width, const T* x,    \
-                                       const T* weight, const T* bias, const T* mix, T* y, int x_last, int mix_last) { \
-    return run_forward<T>({batch, channels, bases, height, width}, x, weight, bias, mix, y, x_last, mix_last);         \
+                                       const T* weight, const T* bias, const T* mix, T* y, int x_last,                \
+                                       int mix_last) {                                                                \
+    return run_forward<T>({batch, channels, bases, height, width}, x, weight, bias, mix, y, x_last, mix_last);        \
   }                                                                                                                   \
   extern "C" int akgm_backward_##SUFFIX(long batch, long channels, long bases, long height, long width, const T* x,   \
-                                        const T* weight, const T* bias, const T* mix, const T* gy, T* gx, T* gw, T* gb, \
-                                        T* gm, T* partial_mix, long mix_splits, long weight_splits, int x_last,        \
-                                        int mix_last) {                                                               \
+                                        const T* weight, const T* bias, const T* mix, const T* gy, T* gx, T* gw,      \
+                                        T* gb, T* gm, T* partial_mix, long mix_splits, long weight_splits,            \
+                                        int x_last, int mix_last) {                                                   \
     return run_backward<T>({batch, channels, bases, height, width}, x, weight, bias, mix, gy, gx, gw, gb, gm,         \
                            partial_mix, mix_splits, weight_splits, x_last, mix_last);                                 \
   }
