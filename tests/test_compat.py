@@ -1,6 +1,8 @@
 """Each patch of BasicSR against what upstream does wrong."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,3 +73,17 @@ def test_niqe_is_basicsrs_own():
 
     # Measured with BasicSR 1.4.2 on this photograph; baboon.png, of BasicSR's docs, is not free to ship.
     assert calculate_niqe(cv2.imread(str(PHOTOS / "astronaut.png")), crop_border=0) == pytest.approx(3.0646, abs=1e-3)
+
+
+def test_a_script_with_its_own_stand_in_for_functional_tensor():
+    """A common workaround: a module without a spec, which importlib.util.find_spec refuses to look at."""
+    script = """
+import sys, types, torchvision.transforms.functional as f
+stand_in = types.ModuleType("torchvision.transforms.functional_tensor")
+stand_in.rgb_to_grayscale = f.rgb_to_grayscale
+sys.modules[stand_in.__name__] = stand_in
+import basicsr, ucdir_plugin
+assert sys.modules[stand_in.__name__] is stand_in
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
