@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_GONE = "torchvision.transforms.functional_tensor"  # since torchvision 0.17; BasicSR 1.4.2 imports from it
-if _GONE not in sys.modules and importlib.util.find_spec(_GONE) is None:  # a script may have its own stand-in
+if (
+    "torchvision.transforms.functional_tensor" not in sys.modules  # a script may have its own stand-in
+    and importlib.util.find_spec("torchvision.transforms.functional_tensor") is None
+):
+    # Gone since torchvision 0.17; BasicSR 1.4.2 imports rgb_to_grayscale from it.
     import torchvision.transforms.functional as _functional
 
-    sys.modules[_GONE] = _functional
+    sys.modules["torchvision.transforms.functional_tensor"] = _functional
 
 # isort: split
 import basicsr
