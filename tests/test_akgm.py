@@ -333,6 +333,15 @@ def test_an_implementation_that_is_wrong_is_found_out(monkeypatch):
     assert "grad x is wrong" in akgm._disagreement(akgm_tiled, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_the_compiled_one_refuses_what_does_not_fit(which):
+    """It would read past the end of a tensor."""
+    inputs = operands(2, 16, 8, 5, 6)
+    inputs[which] = inputs[which][:-1]
+    with pytest.raises(ValueError, match="do not fit together"):
+        akgm_compiled.forward(*inputs)
+
+
 def test_empty_batch(implementation):
     inputs = operands(0, 16, 8, 5, 5, requires_grad=True)
     y = adaptive_kernel_conv(*inputs)

@@ -205,6 +205,11 @@ def test_patches_sampled_on_their_own_have_their_own_noise():
     torch.testing.assert_close(inter.initial, own.initial)
 
 
+def test_tiles_that_do_not_suit_the_network_are_named_at_the_start():
+    with pytest.raises(UserError, match="tile 4 is too small for overlap 1 at the network's stride 4"):
+        make({"network_g": {"denoiser": {"channel_mults": [1, 2, 2]}}, "val": {"sampling": {"tile": 4, "overlap": 1}}})
+
+
 def test_adam_is_fused_unless_the_options_say_otherwise():
     assert make().optimizer_g.defaults["fused"] is True
     assert not make({"train": {"optim_g": {"fused": False}}}).optimizer_g.defaults["fused"]

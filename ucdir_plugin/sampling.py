@@ -86,7 +86,7 @@ def restore(
         guide = prepare(lq, initial)
         return lambda x_t, level: denoise(x_t, level, lq, initial, guide)
 
-    grid = _grid(lq, options, getattr(net.denoise_fn, "stride", 1))
+    grid = _grid(lq, options, _stride(net))
     if grid is None:
         residual = sample(whole(lq, initial), lq.shape)
     elif options.split == "inter_step":
@@ -110,6 +110,20 @@ def restore(
         residual = tiling.per_patch(patch, grid, (lq, initial), merge=options.merge)
     inner = (..., slice(border, border + height), slice(border, border + width))
     return initial[inner], residual.add_(initial)[inner]
+
+
+def check_tiles(net: UCDIR, options: SamplingOptions) -> None:
+    """Find out before hours of training, not at its first validation.
+
+    Raises:
+        UserError: if ``tile`` and ``overlap`` do not suit the network's stride.
+    """
+    if options.tile is not None:
+        _grid(torch.empty(1, 3, 2 * options.tile, 2 * options.tile, device="meta"), options, _stride(net))
+
+
+def _stride(net: UCDIR) -> int:
+    return getattr(net.denoise_fn, "stride", 1)
 
 
 def _grid(lq: torch.Tensor, options: SamplingOptions, stride: int) -> Optional[tiling.Grid]:

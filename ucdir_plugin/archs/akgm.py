@@ -7,8 +7,8 @@ and X (9 c + 1, P) the 3x3 neighbourhoods of P positions, ones as last row. Then
 
     Z = A X,    y[c] = sum_n mix[n] Z[c, n].
 
-All implementations but the loop never hold the C * N channels of Z and compute them again in the backward pass:
-akgm_compiled (C++, built at first use), akgm_tiled (plain PyTorch on the CPU), akgm_triton (CUDA).
+All implementations but the loop never hold the C * N channels of Z, for the backward pass neither: akgm_compiled (C++,
+built at first use), akgm_tiled (plain PyTorch on the CPU), akgm_triton (CUDA).
 """
 
 from __future__ import annotations
@@ -126,12 +126,6 @@ def _backward(grad_y, needs, *inputs):
     return tuple(g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs))
 
 
-def _gradients(y, inputs, needs, grad_y, create_graph=False):
-    wanted = [t for t, need in zip(inputs, needs) if need]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))
-    return tuple(next(grads) if need else None for need in needs)
-
-
 def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Single or double precision on the CPU, which computes slowly in less."""
     if tensors[0].device.type != "cpu":
@@ -153,7 +147,9 @@ class _AdaptiveKernelConv(torch.autograd.Function):
             return _backward(grad_y, needs, *ctx.saved_tensors)
         # create_graph: new nodes, so that there is no way from one input to another through the graph
         inputs = [t.view_as(t) for t in ctx.saved_tensors]
-        return _gradients(adaptive_kernel_conv_loop(*inputs), inputs, needs, grad_y, create_graph=True)
+        wanted = [t for t, need in zip(inputs, needs) if need]
+        grads = iter(torch.autograd.grad(adaptive_kernel_conv_loop(*inputs), wanted, grad_y, create_graph=True))
+        return tuple(next(grads) if need else None for need in needs)
 
 
 # For torch.compile: operations that it does not look into.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
 import torch
+from basicsr.utils import get_root_logger
 
 from ucdir_plugin.archs.akgm_tiled import memory_format
 
@@ -36,8 +37,6 @@ def available() -> bool:
 def _library() -> Optional[ctypes.CDLL]:
     if os.environ.get("UCDIR_COMPILE") == "0":
         return None
-    from basicsr.utils import get_root_logger
-
     # What this CPU can do, or what ATEN_CPU_CAPABILITY says: the choice of torch for its own kernels.
     flags = FLAGS.get(torch.backends.cpu.get_cpu_capability())
     reason = f"it needs Linux and one of {', '.join(FLAGS)}"
@@ -70,7 +69,6 @@ def _load(flags: Sequence[str]) -> ctypes.CDLL:
 
 
 def _build(flags: Sequence[str], path: Path) -> None:
-    from basicsr.utils import get_root_logger
     from torch.utils import cpp_extension
 
     get_root_logger().info("Building the compiled AKGM for this CPU, once; this takes some seconds.")
@@ -89,7 +87,12 @@ def _build(flags: Sequence[str], path: Path) -> None:
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """See :func:`ucdir_plugin.archs.akgm.adaptive_kernel_conv`; float32 or float64."""
+    """See :func:`ucdir_plugin.archs.akgm.adaptive_kernel_conv`; float32 or float64.
+
+    Raises:
+        ValueError: for shapes that do not fit, or tensors that are not on the CPU.
+    """
+    _check(x, weight, bias, mix)
     x, mix, weight, bias = _dense(x), _dense(mix), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     _call("forward", x, mix, [x, weight, bias, mix, y])
@@ -131,6 +134,18 @@ def _call(name, x, mix, tensors, *numbers):
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     if function(*_shape(x, mix), *pointers, *numbers, not x.is_contiguous(), not mix.is_contiguous()):
         raise MemoryError("not enough memory for the compiled AKGM")
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> None:
+    """The library goes where the sizes say: past the end of a tensor that has others."""
+    (batch, channels, *size), bases = x.shape, mix.shape[1]
+    shapes = [(channels * bases, channels // bases, 3, 3), (channels * bases,), (batch, bases, *size)]
+    tensors = (weight, bias, mix)
+    if channels % bases or any(t.shape != s for t, s in zip(tensors, shapes)):
+        found = ", ".join(str(tuple(t.shape)) for t in (x, *tensors))
+        raise ValueError(f"x, weight, bias and mix do not fit together: {found}")
+    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in (x, *tensors)):
+        raise ValueError("x, weight, bias and mix must be on the CPU and of one dtype")
 
 
 def _shape(x: torch.Tensor, mix: torch.Tensor) -> Tuple[int, ...]:

@@ -171,8 +171,8 @@ class UCDIRDenoiser(nn.Module):
         residual: add the first ``out_channel`` input channels to the output, for the regression baseline; not in the
             release.
         released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
-        use_checkpoint: compute each block again in the backward pass instead of keeping what is in it: much less
-            memory, about a third more time.
+        use_checkpoint: compute each block again in the backward pass instead of keeping what is in it: about half
+            the memory for a fifth more time (docs/speed.md).
 
     Shape:
         x (B, in_channel, H, W), noise_level (B,) in (0, 1], guide (B, guide_channel, H, W) or what
@@ -257,7 +257,7 @@ class UCDIRDenoiser(nn.Module):
     def guide_features(self, guide: torch.Tensor) -> list[torch.Tensor]:
         """What all blocks take from the guide, in their order, for use in its place.
 
-        Computed once for an image, it saves every step after the first a few per cent of its time.
+        Of the guide alone: in sampling it can be computed once for an image instead of in every step.
 
         Args:
             guide: (B, guide_channel, H, W), of the size of x.

@@ -58,6 +58,7 @@ class UCDIRModel(SRModel):
         self.sampling = SamplingOptions(**(opt.get("val") or {}).get("sampling") or {})
         self.sampling_dtype = self._amp_dtype(self.sampling.amp, "val:sampling:amp")
         self.net_g = self.model_to_device(self._compiled(build_arch(opt["network_g"], "network_g")))
+        sampling.check_tiles(self.get_bare_model(self.net_g), self.sampling)
         self.print_network(self.net_g)
         pretrained = opt["path"].get("pretrain_network_g")
         if pretrained:
