@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.diffusion import samplers, tiling
+from ucdir_plugin.diffusion.noise import KeyPart, normal
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.errors import UserError
 
 if TYPE_CHECKING:  # not needed to import the package
     from ucdir_plugin.options import SamplingOptions
 
 Noise = Callable[..., torch.Tensor]
 """(shape of a batch, draw number, further parts of the key) -> standard normal noise."""
+
+Progress = Callable[[int], None]
+"""Called after each pass of the denoiser with the pixels that it computed."""
+
+
+def image_noise(
+    seed: int,
+    keys: Sequence[str],
+    device: torch.device | str = "cpu",
+    sample: int = 0,
+    empty: Callable[..., torch.Tensor] = torch.empty,
+) -> Noise:
+    """The noise of images: a function of the seed, the image's key and the number of the sample.
+
+    Args:
+        keys: one for each image of the batch; its relative path.
+        sample: 0 is what validation and test draw.
+        empty: allocates it, called as torch.empty.
+    """
+    more: Tuple[KeyPart, ...] = ("of", sample) if sample else ()
+
+    def noise(shape: Sequence[int], draw: int, *key: KeyPart) -> torch.Tensor:
+        result = empty(tuple(shape), device=device)
+        for image, name in zip(result, keys):
+            normal(shape[1:], seed, "sample", name, draw, *key, *more, out=image)
+        return result
+
+    return noise
+
+
+def amp_dtype(device: torch.device, amp: Optional[str], option: str) -> Optional[torch.dtype]:
+    """The type for autocast; None for float32.
+
+    Raises:
+        UserError: if the device cannot compute with it.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError(f"{option}: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[amp]
 
 
 def sampling_schedule(training: NoiseSchedule, options: SamplingOptions) -> NoiseSchedule:
@@ -28,7 +69,131 @@ def sampling_schedule(training: NoiseSchedule, options: SamplingOptions) -> Nois
     return training.respace(options.steps, "uniform" if options.spacing == "respace" else options.spacing)
 
 
-@torch.no_grad()
+class Conditioned:
+    """A UCDIR network at work on a batch of images: they are predicted once, and sampled as often as asked.
+
+    With ``tile``, an image that is larger is sampled by inter-step patch splitting (paper, section 3.3), each patch's
+    guide features kept from step to step, and from sample to sample, within ``cache_mb``. A predictor that says how
+    far it looks (``receptive_field``) is evaluated on patches too, exactly; others run whole.
+
+    Args:
+        lq: (B, 3, H, W) in [-1, 1].
+        training: the schedule that the network was trained with.
+        autocast: in which the networks run.
+        empty: allocates tensors of the images' size, called as torch.empty; for instance in a memory-mapped file.
+        progress: see :data:`Progress`.
+
+    Attributes:
+        initial: the initial prediction, (B, 3, H, W) in [-1, 1].
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        net: UCDIR,
+        lq: torch.Tensor,
+        training: NoiseSchedule,
+        options: SamplingOptions,
+        autocast: Callable[[], ContextManager] = nullcontext,
+        empty: Callable[..., torch.Tensor] = torch.empty,
+        progress: Optional[Progress] = None,
+    ):
+        border, (height, width) = options.border, lq.shape[-2:]
+        if border:
+            lq = F.pad(lq, (border,) * 4, mode="reflect" if border < min(height, width) else "replicate")
+        self.net, self.lq, self.options = net, lq, options
+        self.autocast, self.progress = autocast, progress
+        self.schedule = sampling_schedule(training, options)
+        self.inner = (..., slice(border, border + height), slice(border, border + width))
+        with autocast():
+            self._initial = _predict(net, lq, options, empty)
+        self.grid = _grid(*lq.shape[-2:], options, _stride(net))
+        self.denoiser: Optional[samplers.Denoiser] = None
+        if self.grid is None:
+            self.denoiser = self._whole(lq, self._initial)
+        elif options.split == "inter_step":
+            self.denoiser = tiling.split(
+                self._denoise,
+                self.grid,
+                (lq, self._initial),
+                tile_batch=options.tile_batch,
+                merge=options.merge,
+                prepare=self._prepare,
+                cache_bytes=options.cache_mb * 2**20,
+                empty=empty,
+            )
+        elif len(lq) > 1:
+            raise ValueError("split: per_patch samples one image at a time")
+
+    @property
+    def initial(self) -> torch.Tensor:
+        return self._initial[self.inner]
+
+    @torch.no_grad()
+    def sample(
+        self, noise: Noise, callback: Optional[samplers.Callback] = None, residual_weight: float = 1.0
+    ) -> torch.Tensor:
+        """Restored images, (B, 3, H, W) in [-1, 1] up to overshoot, in memory of their own.
+
+        Args:
+            noise: all the randomness.
+            callback: as of the samplers.
+            residual_weight: lambda of initial + lambda * residual: 1 is the sample (perception), 0 the initial
+                prediction (fidelity), for which nothing is sampled.
+        """
+        if residual_weight == 0:
+            return self.initial.clone()
+        if self.denoiser is not None:
+            residual = self._sample(self.denoiser, self.lq.shape, noise, callback)
+        else:
+
+            def patch(number: int, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+                return self._sample(self._whole(lq, initial), lq.shape, noise, callback, "patch", number)
+
+            residual = tiling.per_patch(patch, self.grid, (self.lq, self._initial), merge=self.options.merge)
+        if residual_weight != 1:
+            residual.mul_(residual_weight)
+        return residual.add_(self._initial)[self.inner]
+
+    def _sample(
+        self,
+        denoiser: samplers.Denoiser,
+        shape: torch.Size,
+        noise: Noise,
+        callback: Optional[samplers.Callback],
+        *key: KeyPart,
+    ) -> torch.Tensor:
+        options = self.options
+        extra = {} if options.eta is None else {"eta": options.eta}
+        return samplers.SAMPLERS[options.sampler].sample(
+            denoiser,
+            self.schedule,
+            lambda draw: noise(shape, draw, *key),
+            options.clip_x0,
+            callback,
+            dynamic_threshold=options.dynamic_threshold,
+            start=None if options.start_timestep is None else 0.0,
+            **extra,
+        )
+
+    def _prepare(self, lq: torch.Tensor, initial: torch.Tensor) -> Any:
+        with self.autocast():
+            return self.net.prepare(initial)
+
+    def _denoise(
+        self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor, guide: Any
+    ) -> torch.Tensor:
+        with self.autocast():
+            eps = self.net.denoise(x_t, level, lq, guide).float()
+        if self.progress is not None:
+            self.progress(len(x_t) * x_t.shape[-2] * x_t.shape[-1])
+        return eps
+
+    def _whole(self, lq: torch.Tensor, initial: torch.Tensor) -> samplers.Denoiser:
+        guide = self._prepare(lq, initial)
+        return lambda x_t, level: self._denoise(x_t, level, lq, initial, guide)
+
+
 def restore(
     net: UCDIR,
     lq: torch.Tensor,
@@ -38,78 +203,38 @@ def restore(
     autocast: Callable[[], ContextManager] = nullcontext,
     callback: Optional[samplers.Callback] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Predict, sample the residual, add.
-
-    With ``tile``, an image that is larger is sampled by inter-step patch splitting (paper, section 3.3), each patch's
-    guide features kept from step to step within ``cache_mb``. A predictor that says how far it looks
-    (``receptive_field``) is evaluated on patches too, exactly; others run whole.
-
-    Args:
-        lq: (B, 3, H, W) in [-1, 1].
-        training: the schedule that the network was trained with.
-        noise: all the randomness.
-        autocast: in which the networks run.
-        callback: as of the samplers.
+    """One sample of each image; arguments as of :class:`Conditioned` and its ``sample``.
 
     Returns:
         initial prediction and restored images, (B, 3, H, W) in [-1, 1] up to overshoot.
     """
-    border, (height, width) = options.border, lq.shape[-2:]
-    if border:
-        lq = F.pad(lq, (border,) * 4, mode="reflect" if border < min(height, width) else "replicate")
-    schedule = sampling_schedule(training, options)
-    with autocast():
-        initial = _predict(net, lq, options).float()
+    images = Conditioned(net, lq, training, options, autocast)
+    return images.initial, images.sample(noise, callback)
 
-    def prepare(lq: torch.Tensor, initial: torch.Tensor) -> Any:
-        with autocast():
-            return net.prepare(initial)
 
-    def denoise(x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor, guide: Any):
-        with autocast():
-            return net.denoise(x_t, level, lq, guide).float()
+class Plan(NamedTuple):
+    """What one sample of an image will cost.
 
-    def sample(denoiser: samplers.Denoiser, shape: torch.Size, *key: Any) -> torch.Tensor:
-        extra = {} if options.eta is None else {"eta": options.eta}
-        return samplers.SAMPLERS[options.sampler].sample(
-            denoiser,
-            schedule,
-            lambda draw: noise(shape, draw, *key),
-            options.clip_x0,
-            callback,
-            dynamic_threshold=options.dynamic_threshold,
-            start=None if options.start_timestep is None else 0.0,
-            **extra,
-        )
+    Attributes:
+        nfe: passes of the denoiser over the image.
+        patches: in each pass.
+        computed_ratio: pixels computed in a pass for one of the image.
+        pixels: computed in all passes.
+    """
 
-    def whole(lq: torch.Tensor, initial: torch.Tensor) -> samplers.Denoiser:
-        guide = prepare(lq, initial)
-        return lambda x_t, level: denoise(x_t, level, lq, initial, guide)
+    nfe: int
+    patches: int
+    computed_ratio: float
+    pixels: int
 
-    grid = _grid(lq, options, _stride(net))
-    if grid is None:
-        residual = sample(whole(lq, initial), lq.shape)
-    elif options.split == "inter_step":
-        patches = tiling.split(
-            denoise,
-            grid,
-            (lq, initial),
-            tile_batch=options.tile_batch,
-            merge=options.merge,
-            prepare=prepare,
-            cache_bytes=options.cache_mb * 2**20,
-        )
-        residual = sample(patches, lq.shape)
-    else:
 
-        def patch(number: int, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-            return sample(whole(lq, initial), lq.shape, "patch", number)
-
-        if len(lq) > 1:
-            raise ValueError("split: per_patch samples one image at a time")
-        residual = tiling.per_patch(patch, grid, (lq, initial), merge=options.merge)
-    inner = (..., slice(border, border + height), slice(border, border + width))
-    return initial[inner], residual.add_(initial)[inner]
+def plan(net: UCDIR, height: int, width: int, options: SamplingOptions) -> Plan:
+    """What sampling an image of this size once will cost."""
+    nfe = samplers.SAMPLERS[options.sampler].nfe(options.steps)
+    padded = height + 2 * options.border, width + 2 * options.border
+    grid = _grid(*padded, options, _stride(net))
+    patches, ratio = (1, 1.0) if grid is None else (len(grid.tiles), grid.computed_ratio)
+    return Plan(nfe, patches, ratio, nfe * round(ratio * padded[0] * padded[1]))
 
 
 def check_tiles(net: UCDIR, options: SamplingOptions) -> None:
@@ -119,16 +244,15 @@ def check_tiles(net: UCDIR, options: SamplingOptions) -> None:
         UserError: if ``tile`` and ``overlap`` do not suit the network's stride.
     """
     if options.tile is not None:
-        _grid(torch.empty(1, 3, 2 * options.tile, 2 * options.tile, device="meta"), options, _stride(net))
+        _grid(2 * options.tile, 2 * options.tile, options, _stride(net))
 
 
 def _stride(net: UCDIR) -> int:
     return getattr(net.denoise_fn, "stride", 1)
 
 
-def _grid(lq: torch.Tensor, options: SamplingOptions, stride: int) -> Optional[tiling.Grid]:
+def _grid(height: int, width: int, options: SamplingOptions, stride: int) -> Optional[tiling.Grid]:
     """The patches of an image that is larger than one."""
-    height, width = lq.shape[-2:]
     if options.tile is None or max(height, width) <= options.tile:
         return None
     if options.grid == "released":
@@ -136,11 +260,13 @@ def _grid(lq: torch.Tensor, options: SamplingOptions, stride: int) -> Optional[t
     return tiling.Grid.aligned(height, width, options.tile, options.overlap, stride)
 
 
-def _predict(net: UCDIR, lq: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+def _predict(
+    net: UCDIR, lq: torch.Tensor, options: SamplingOptions, empty: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     radius = getattr(net.predictor, "receptive_field", None)
     if options.tile is None or radius is None or max(lq.shape[-2:]) <= options.tile:
-        return net.predict(lq)
+        return net.predict(lq).float()
     stride = net.predictor.stride
     least = 2 * radius + 2 * stride  # at which a patch keeps something
     grid = tiling.Grid.aligned(*lq.shape[-2:], max(options.tile, least), radius, stride)
-    return tiling.tiled(net.predict, grid, lq, tile_batch=options.tile_batch)
+    return tiling.tiled(net.predict, grid, lq, tile_batch=options.tile_batch, empty=empty)

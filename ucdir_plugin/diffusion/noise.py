@@ -7,7 +7,7 @@ worker or on being resumed.
 from __future__ import annotations
 
 import hashlib
-from typing import Sequence, Union
+from typing import Optional, Sequence, Union
 
 import torch
 
@@ -25,6 +25,18 @@ def generator(*key: KeyPart) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(key_to_seed(*key))
 
 
-def normal(shape: Sequence[int], *key: KeyPart, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Standard normal noise of ``shape``, float32, the same on every device (drawn on the CPU, then moved)."""
-    return torch.randn(tuple(shape), generator=generator(*key)).to(device)
+def normal(
+    shape: Sequence[int],
+    *key: KeyPart,
+    device: torch.device | str = "cpu",
+    out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Standard normal noise of ``shape``, float32, the same on every device (drawn on the CPU, then moved).
+
+    Args:
+        out: where it goes, a tensor of that shape; else a new one on ``device``.
+    """
+    if out is not None and out.device.type == "cpu":
+        return torch.randn(tuple(shape), generator=generator(*key), out=out)
+    drawn = torch.randn(tuple(shape), generator=generator(*key))
+    return drawn.to(device) if out is None else out.copy_(drawn)

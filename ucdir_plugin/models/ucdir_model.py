@@ -17,7 +17,7 @@ from basicsr.utils import get_root_logger
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ucdir_plugin import sampling
-from ucdir_plugin.diffusion.noise import generator, normal
+from ucdir_plugin.diffusion.noise import generator
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch, register
@@ -56,7 +56,7 @@ class UCDIRModel(SRModel):
         diffusion = ScheduleOptions(**opt.get("diffusion") or {})
         self.schedule = NoiseSchedule.linear(diffusion.timesteps, diffusion.start, diffusion.end)
         self.sampling = SamplingOptions(**(opt.get("val") or {}).get("sampling") or {})
-        self.sampling_dtype = self._amp_dtype(self.sampling.amp, "val:sampling:amp")
+        self.sampling_dtype = sampling.amp_dtype(self.device, self.sampling.amp, "option val:sampling:amp")
         self.net_g = self.model_to_device(self._compiled(build_arch(opt["network_g"], "network_g")))
         sampling.check_tiles(self.get_bare_model(self.net_g), self.sampling)
         self.print_network(self.net_g)
@@ -84,7 +84,7 @@ class UCDIRModel(SRModel):
         amp = train.get("amp")
         if amp and isinstance(self.net_g, DataParallel):
             raise UserError("option train:amp: several GPUs in one process lose it; use torchrun, one process a GPU")
-        self.amp_dtype = self._amp_dtype(amp, "train:amp")
+        self.amp_dtype = sampling.amp_dtype(self.device, amp, "option train:amp")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.bad_steps = self.bad_steps_in_a_row = 0
         self.setup_optimizers()
@@ -98,11 +98,6 @@ class UCDIRModel(SRModel):
             net.denoise_fn.compile()
             net.predictor.compile()
         return net
-
-    def _amp_dtype(self, amp: Optional[str], option: str) -> Optional[torch.dtype]:
-        if amp == "fp16" and self.device.type != "cuda":
-            raise UserError(f"option {option}: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[amp]
 
     def _autocast(self, dtype: Optional[torch.dtype]) -> torch.autocast:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
@@ -266,11 +261,7 @@ class UCDIRModel(SRModel):
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         training, net = net.training, net.eval()
 
-        def noise(shape: torch.Size, draw: int, *key: Any) -> torch.Tensor:
-            seed = self.opt["manual_seed"]
-            images = [normal(shape[1:], seed, "sample", name, draw, *key, device=self.device) for name in self.keys]
-            return torch.stack(images)
-
+        noise = sampling.image_noise(self.opt["manual_seed"], self.keys, self.device)
         initial, output = sampling.restore(
             net, self.lq * 2 - 1, self.schedule, self.sampling, noise, lambda: self._autocast(self.sampling_dtype)
         )
