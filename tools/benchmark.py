@@ -28,7 +28,7 @@ def main() -> int:
     import torch
 
     from ucdir_plugin import benchmark
-    from ucdir_plugin.engine import keep_freed_memory
+    from ucdir_plugin.memory import keep_freed_memory
 
     keep_freed_memory()  # as the other tools do
     if args.threads:

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from ucdir_plugin import memory
 from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, akgm, akgm_compiled, akgm_tiled, ucdir_arch
 from ucdir_plugin.errors import UserError
 
@@ -102,16 +103,10 @@ def peak_memory(case: str, *arguments: Any) -> float:
 def _print_peak(case: str, *arguments: Any) -> None:
     call = globals()[case](*arguments)
     call()
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:  # the peak starts anew
-        file.write("5")
+    before = memory.status("VmRSS")
+    memory.reset_peak(torch.device("cpu"))
     call()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
+    print((memory.status("VmHWM") - before) / 2**20)
 
 
 # akgm

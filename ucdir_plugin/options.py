@@ -132,11 +132,11 @@ class SamplingOptions(_Schema):
     cache_mb: NotNegativeInt = 1024
 
 
-def _check_sampling(sampling: Mapping[str, Any], timesteps: int) -> None:
+def _check_sampling(sampling: Mapping[str, Any], timesteps: int, where: str = "val:sampling:") -> None:
     """What the keys of SamplingOptions say together."""
 
     def fault(key: str, message: str) -> None:
-        raise UserError(f"option val:sampling:{key}: {message}")
+        raise UserError(f"option {where}{key}: {message}")
 
     steps, start = sampling["steps"], sampling["start_timestep"]
     if start is not None and start > timesteps:
@@ -156,6 +156,24 @@ def _check_sampling(sampling: Mapping[str, Any], timesteps: int) -> None:
             f"{sampling['overlap']} must be smaller than half the tile ({sampling['tile']}):"
             f" take at most {(sampling['tile'] - 1) // 2}, or a larger tile",
         )
+
+
+def sampling_options(values: Mapping[str, Any], timesteps: int) -> SamplingOptions:
+    """Sampling options from elsewhere than an option file, checked.
+
+    Raises:
+        UserError: naming the first key that is unknown or wrong, with the cure.
+    """
+    try:
+        checked = SamplingOptions.model_validate_json(_to_json(values, "sampling"))
+    except ValidationError as err:
+        error = err.errors()[0]
+        if error["type"] == "extra_forbidden":
+            key = error["loc"][-1]
+            raise UserError(f"unknown option {key}; {did_you_mean(key, SamplingOptions.model_fields)}") from err
+        raise UserError(_explain(error)) from err
+    _check_sampling(checked.model_dump(), timesteps, "")
+    return checked
 
 
 class _Typed(_Schema):
@@ -241,7 +259,7 @@ class Options(_Schema):
     scale: PositiveInt = 1
     num_gpu: Union[Literal["auto"], NotNegativeInt] = "auto"
     manual_seed: Optional[Int] = 0
-    datasets: Dict[str, DatasetOptions] = Field(min_length=1)
+    datasets: Dict[str, DatasetOptions] = Field(default_factory=dict)  # none: to restore files only
     network_g: _Typed
     path: PathOptions = PathOptions()
     train: Optional[TrainOptions] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 from typing import Any, Mapping
@@ -99,20 +100,51 @@ def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str
     net.load_state_dict(fitting_state_dict(net, state, path, strict), strict=False)
 
 
+def choose_state(content: Any, path: str, param_key: str | None = "params") -> tuple[Any, str | None]:
+    """The state dict in a checkpoint's content, and its key: ``param_key``, else 'params', else the content itself.
+
+    Raises:
+        UserError: if it is no mapping.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {path} holds no weights: a mapping of names to tensors is expected")
+    used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
+    return (content if used is None else content[used]), used
+
+
 def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params") -> None:
     """``BaseModel.load_network`` of BasicSR with a safe reader and one-line errors (a method; see compat.py).
 
-    ``param_key`` falls back to 'params', and to the file itself where it is a bare state dict.
+    ``param_key`` falls back as in :func:`choose_state`.
     """
     from basicsr.utils import get_root_logger
 
-    content = read_checkpoint(load_path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint {load_path} holds no weights: a mapping of names to tensors is expected")
-    used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
-    state = content if used is None else content[used]
+    state, used = choose_state(read_checkpoint(load_path), load_path, param_key)
     get_root_logger().info(f"Loading {type(self.get_bare_model(net)).__name__} from {load_path}, key {used}.")
     load_state_dict(self.get_bare_model(net), state, load_path, strict)
+
+
+def find_weights(opt: dict, forced: list[str]) -> None:
+    """Point ``path: pretrain_network_g`` at the last thing this option file trained, if it trained something.
+
+    Else what the file names is tested, and always what ``--force_yml path:pretrain_network_g=...`` names.
+
+    Raises:
+        UserError: if there are no weights.
+    """
+    path = opt["path"]
+    if any(entry.startswith("path:pretrain_network_g=") for entry in forced):
+        return
+    models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
+    found = {
+        int(stem): file
+        for file in glob.glob(os.path.join(glob.escape(models), "net_g_*.pth"))
+        if (stem := os.path.basename(file)[len("net_g_") : -len(".pth")]).isdigit()
+    }
+    if found and opt.get("train"):
+        path.update(pretrain_network_g=found[max(found)], param_key_g="params_ema")
+    if not path.get("pretrain_network_g"):
+        raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
 
 
 def convert_ucdir(source: str, target: str) -> dict[str, Any]:
