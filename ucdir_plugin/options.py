@@ -66,7 +66,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: no valid YAML: {getattr(err, 'problem', None) or err}") from err
 
 
-def apply_overrides(opt: dict, entries: Optional[List[str]]) -> None:
+def apply_overrides(opt: dict, entries: Optional[List[str]], where: str = "--force_yml") -> None:
     """Apply ``--force_yml a:b=value`` entries in place; values are YAML, missing levels are created.
 
     Raises:
@@ -76,15 +76,26 @@ def apply_overrides(opt: dict, entries: Optional[List[str]]) -> None:
         path, separator, value = entry.partition("=")
         keys = [key.strip() for key in path.split(":")]
         if not separator or not all(keys):
-            raise UserError(f"--force_yml {entry!r}: write it as key:subkey=value")
+            raise UserError(f"{where} {entry!r}: write it as key:subkey=value")
         target = opt
         for depth, key in enumerate(keys[:-1]):
             if target.get(key) is None:
                 target[key] = {}
             target = target[key]
             if not isinstance(target, dict):
-                raise UserError(f"--force_yml {entry!r}: {':'.join(keys[: depth + 1])} is no mapping")
-        target[keys[-1]] = read_yaml(value, f"--force_yml {entry!r}")
+                raise UserError(f"{where} {entry!r}: {':'.join(keys[: depth + 1])} is no mapping")
+        target[keys[-1]] = read_yaml(value, f"{where} {entry!r}")
+
+
+def read_assignments(entries: List[str], where: str) -> Dict[str, Any]:
+    """KEY=VALUE entries of the command line; values are YAML.
+
+    Raises:
+        UserError: for one without '=', or one that is no plain YAML.
+    """
+    result: Dict[str, Any] = {}
+    apply_overrides(result, entries, where)
+    return result
 
 
 class _Schema(BaseModel):

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -37,6 +37,18 @@ _ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 """The sampling options that mean something for a network without diffusion."""
 
 
+class Drawn(NamedTuple):
+    """An image at the model: (1, 3, H * scale, W * scale) in [0, 1] up to overshoot, on the model's device.
+
+    Attributes:
+        initial: gives the initial prediction, None without diffusion.
+        samples: each is computed when it is asked for.
+    """
+
+    initial: Callable[[], Optional[torch.Tensor]]
+    samples: Iterator[torch.Tensor]
+
+
 @dataclass
 class Restorer:
     """A network with its weights, and how it is used; made by :func:`load_model`.
@@ -48,6 +60,7 @@ class Restorer:
         scale: output size / input size.
         seed: where none is given.
         about: name, weights and their SHA-256, for the record.
+        notes: what a model file tells its user, such as its licence.
     """
 
     net: nn.Module
@@ -57,6 +70,7 @@ class Restorer:
     scale: int = 1
     seed: int = 0
     about: Dict[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         dtype = sampling.amp_dtype(self.device, self.options.amp, "dtype")
@@ -114,7 +128,7 @@ class Restorer:
         empty: Callable[..., torch.Tensor] = torch.empty,
         progress: Optional[sampling.Progress] = None,
         callback: Optional[Callable[..., None]] = None,
-    ) -> Tuple[Optional[torch.Tensor], Iterator[torch.Tensor]]:
+    ) -> Drawn:
         """Restore one image.
 
         Args:
@@ -127,13 +141,12 @@ class Restorer:
             callback: as of the samplers, on the residual's scale.
 
         Returns:
-            the initial prediction, None without diffusion; and the samples, each computed when asked for.
-            (1, 3, H * scale, W * scale) in [0, 1] up to overshoot, on the model's device.
+            prediction and samples, each computed when asked for.
         """
         self.check(samples, blend)
         lq = lq.to(self.device)
         if not self.diffusion:
-            return None, iter([self._one_pass(lq, empty, progress)])
+            return Drawn(lambda: None, (self._one_pass(lq, empty, progress) for _ in range(1)))
         images = sampling.Conditioned(
             self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress
         )
@@ -144,7 +157,7 @@ class Restorer:
                 noise = sampling.image_noise(seed, [key], self.device, number, empty)
                 yield images.sample(noise, callback, blend).add_(1).div_(2)
 
-        return images.initial.add(1).div_(2), draw()
+        return Drawn(lambda: images.initial.add(1).div_(2), draw())
 
     def _one_pass(
         self, lq: torch.Tensor, empty: Callable[..., torch.Tensor], progress: Optional[sampling.Progress]
@@ -174,8 +187,8 @@ class Restorer:
 
     def state_bytes(self, height: int, width: int, samples: int = 1) -> int:
         """Memory for what is as large as the image: what grows with it where patches are of one size."""
-        tensors = 7 if self.diffusion else 2  # input, prediction, its copy, x_t, eps, noise or history, last result
-        tensors += 2 * (samples > 1)  # mean and spread
+        tensors = 6 if self.diffusion else 2  # input, prediction, x_t, eps, noise, history of the solver
+        tensors += 3 * (samples > 1)  # mean, spread, and the sample that is being written
         return tensors * 3 * 4 * height * width * (self.scale**2 if not self.diffusion else 1)
 
     def settings(self, seed: Optional[int] = None, samples: int = 1, blend: float = 1.0) -> Dict[str, Any]:
@@ -241,12 +254,12 @@ def load_model(
     Raises:
         UserError: one line that names what is wrong.
     """
-    chosen = choose_device(device)
+    chosen, notes = choose_device(device), {}
     if model.endswith(".safetensors"):
         if weights_file is not None:
             raise UserError(f"{model} has its weights in it: leave out {weights_file}")
-        opt, state, weights_file = weights.read_model(model)
-        key = None
+        opt, state, notes = weights.read_model(model)
+        weights_file, key = model, None
     else:
         if not model.endswith((".yml", ".yaml")):
             raise UserError(f"{model} is neither an option file (.yml) nor a model file (.safetensors)")
@@ -276,10 +289,9 @@ def load_model(
         "weights": os.path.basename(weights_file),
         "weights_key": key,
         "weights_sha256": sha256(weights_file),
-        "device": str(chosen),
     }
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, timesteps, type(net).__name__)
-    return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about)
+    return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about, notes)
 
 
 def _sampling(
@@ -311,7 +323,7 @@ class Restored:
         image: the result; the mean of the samples if there are several.
         initial: the initial prediction; None for a network without diffusion.
         samples: each sample; one in all for ``samples=1``.
-        spread: (H, W) standard deviation of the samples, mean over the channels; None for one sample.
+        spread: (H, W) standard deviation of the samples, root mean square over the channels; None for one sample.
         info: settings, versions, seconds, network passes.
     """
 
@@ -341,7 +353,7 @@ class Moments:
 
     @property
     def spread(self) -> torch.Tensor:
-        """Standard deviation with n - 1, root of the mean variance over the channels: (B, C, H, W) -> (B, 1, H, W)."""
+        """Standard deviation (n - 1), root mean square over the channels: (B, 1, H, W)."""
         return (self._squares.mean(1, keepdim=True) / max(self.count - 1, 1)).sqrt_()
 
 
@@ -375,9 +387,9 @@ def restore(
     started = time.perf_counter()
     memory.reset_peak(model.device)
     height, width = photo.pixels.shape[:2]
-    initial, results = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend)
+    drawn = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend)
     moments, found = Moments(), []
-    for result in results:
+    for result in drawn.samples:
         moments.add(result)
         found.append(imageio.to_array(result[0], photo.gray))
     info = {
@@ -385,8 +397,10 @@ def restore(
         **cost(model, height, width, samples, blend),
         "seconds": time.perf_counter() - started,
         "peak_memory": memory.peak(model.device),
+        "device": str(model.device),
         "versions": versions(),
     }
+    initial = drawn.initial()
     return Restored(
         imageio.to_array(moments.mean[0], photo.gray),
         None if initial is None else imageio.to_array(initial[0], photo.gray),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import pickle
 from typing import Any, Mapping
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,6 +33,9 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef2",
     }
 )
+
+HEADER = "ucdir_plugin"
+"""Key of a model file's options in its safetensors header."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
@@ -174,3 +179,65 @@ def convert_ucdir(source: str, target: str) -> dict[str, Any]:
     # One set of tensors under both of BasicSR's keys: torch.save stores shared memory once.
     atomic_save({"params": state, "params_ema": state}, target)
     return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "dropped": dropped}
+
+
+def write_model(
+    source: str, options: dict, target: str, dtype: torch.dtype, notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Turn what an option file trained into one file that restores without it: averaged weights, options in the header.
+
+    Args:
+        source: ``net_g_ITER.pth``, of which the averaged weights are taken, or any of the option file's ``network_g``.
+        options: checked ones, as of ``load_options``.
+        target: a .safetensors file.
+        dtype: that floating-point weights are stored in; networks compute in float32 all the same.
+        notes: shown to whoever uses the file, such as ``licence``.
+
+    Returns:
+        ``{"tensors": number, "parameters": numbers in them}``.
+
+    Raises:
+        UserError: if the weights do not fit, or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    from ucdir_plugin.files import write_atomically
+    from ucdir_plugin.registry import build_arch
+
+    state, _ = choose_state(read_checkpoint(source), source, "params_ema")
+    with torch.device("meta"):
+        net = build_arch(options["network_g"], "network_g")
+    state = fitting_state_dict(net, state, source)
+    state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+    kept = {
+        k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
+    }
+    if "sampling" in options["val"]:
+        kept["val"] = {"sampling": options["val"]["sampling"]}
+    header = json.dumps({"options": kept, "notes": dict(notes)})
+    if not target.endswith(".safetensors"):
+        raise UserError(f"{target}: a model file ends with .safetensors")
+    write_atomically(save(state, metadata={HEADER: header}), target)
+    return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values())}
+
+
+def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
+    """Options, weights and notes of a file that :func:`write_model` wrote; the options are checked like any others.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds no options.
+    """
+    from ucdir_plugin.options import check_options
+
+    state = read_checkpoint(path)
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(HEADER)
+    try:
+        content = json.loads(header or "")
+        options, notes = content["options"], {str(k): str(v) for k, v in content["notes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise UserError(
+            f"{path} holds weights without options: use it as --weights beside its option file,"
+            " or make a model file of both with tools/convert_weights.py"
+        ) from err
+    return check_options(options, is_train=False, where=path), state, notes
