@@ -64,15 +64,17 @@ def test_medians_of_alternating_calls(monkeypatch):
 def test_peak_memory_sees_what_the_release_holds():
     """C * N channels and their product with the mix: 16 tensors of C * H * W; the compiled one needs none."""
     size = 4 * 64 * 128 * 128 / 2**20
-    peak = benchmark.peak_memory("_akgm_call", "released formulation", 1, 64, 128, False, False)
+    peak = benchmark.peak_memory(benchmark._akgm_call, "released formulation", 1, 64, 128, False, False)
     assert 14 * size < peak < 20 * size
     if akgm_compiled.available():
-        assert benchmark.peak_memory("_akgm_call", "compiled", 1, 64, 128, False, True) < 2.5 * size  # with the result
+        assert (
+            benchmark.peak_memory(benchmark._akgm_call, "compiled", 1, 64, 128, False, True) < 2.5 * size
+        )  # with the result
 
 
 def test_a_table_and_its_picture(tmp_path):
     rows = [{"grows": g, "value": v, "tiled": v / 10, "compiled": v / 20} for g in ("size", "batch") for v in (1, 2)]
-    result = benchmark._result("growth", rows)
+    result = benchmark.result("growth", rows)
     text = benchmark.table(result)
     assert "| size | 2 | 0.2 | 0.1 |" in text
     assert json.loads(text.strip().splitlines()[-1])["rows"] == rows

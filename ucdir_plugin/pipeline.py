@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from ucdir_plugin import imageio, memory
-from ucdir_plugin.files import write_atomically
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.files import write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
 
