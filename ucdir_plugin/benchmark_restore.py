@@ -14,9 +14,9 @@ from basicsr.utils import tensor2img
 from ucdir_plugin import report
 from ucdir_plugin.benchmark import alternate, peak_memory, result
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.evaluation import measure
 from ucdir_plugin.options import load_options
 from ucdir_plugin.restorer import Restorer, load_model
-from ucdir_plugin.validation import measure
 
 SIZES = ((512, 512), (1024, 1024), (1416, 2120), (3000, 4000))
 """Height and width: 0.26, 1, 3 and 12 megapixels."""

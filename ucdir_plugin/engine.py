@@ -32,6 +32,7 @@ from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_
 from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights
@@ -251,10 +252,10 @@ def train(args: argparse.Namespace) -> int:
         for val_set in val_sets:
             name = val_set.opt["name"]
             if handles(model):
-                rows = validate(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
+                results = validate(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
                 if rank_0:
                     about = {"name": opt["name"], "dataset": name, "iteration": iteration}
-                    report.write_tables(rows, os.path.join(root, f"metrics_{name}"), about)
+                    report.write_tables(results, os.path.join(root, f"metrics_{name}"), about)
             else:
                 own_validation(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
 
@@ -316,6 +317,7 @@ def train(args: argparse.Namespace) -> int:
 def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
     """Validation of a model that has its own (video, padded windows): on rank 0, as in BasicSR."""
     opt = model.opt
+    opt["val"]["metrics"] = for_basicsr_loop(opt["val"].get("metrics"), opt["val"].get("weights_dir"))
     loader = build_dataloader(dataset, {**dataset.opt, "persistent_workers": False}, opt["num_gpu"], opt["dist"])
     with bare_networks(model):
         model.validation(loader, current_iter, tb_logger, save_img)
@@ -342,11 +344,11 @@ def test(args: argparse.Namespace) -> int:
         if not handles(model):
             own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
-        rows = validate(model, test_set, opt["name"], None, opt["val"]["save_img"])
+        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"])
         if opt["rank"] == 0:
             stem = os.path.join(opt["path"]["results_root"], f"metrics_{name}")
-            report.write_tables(rows, stem, {"name": opt["name"], "dataset": name, "weights": weights})
-            print(report.markdown_table(rows))
+            report.write_tables(results, stem, {"name": opt["name"], "dataset": name, "weights": weights})
+            print(report.markdown_table(results))
             print(f"weights: {weights}")
             print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}", flush=True)
     return 0

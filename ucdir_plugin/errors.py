@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 
 class UserError(Exception):
@@ -14,6 +14,22 @@ class UserError(Exception):
         text = " ".join(super().__str__().split())
         # A DataLoader worker re-raises with its traceback as the message: keep the last statement of it.
         return text.rsplit("UserError: ", 1)[-1]
+
+
+class NotAvailable(UserError):
+    """Something optional, a package or a file of weights, is not there; the message says how to get it.
+
+    Args:
+        file: the :class:`ucdir_plugin.weights.WeightsFile` that is missing, if it is one.
+    """
+
+    def __init__(self, message: str, file: Any = None):
+        super().__init__(message)
+        self.file = file
+
+
+class NotMeasurable(ValueError):
+    """A metric has no value for this image (too small, constant, ...); the message says why."""
 
 
 def at_least_one(**values: int) -> None:

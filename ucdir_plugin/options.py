@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ucdir_plugin import registry
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.metrics import protocol
 
 
 class _Loader(yaml.SafeLoader):
@@ -208,6 +209,8 @@ class ValOptions(_Schema):
     suffix: Optional[str] = None
     pbar: bool = True
     metrics: Optional[Dict[str, _Typed]] = None
+    weights_dir: Optional[str] = None
+    download: bool = False
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -478,6 +481,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
         for name, metric in (opt["val"].get("metrics") or {}).items():
             check_metric(metric, f"val:metrics:{name}")
+            metric.setdefault("better", protocol.better(metric))
         if is_train:
             if "train" not in opt["datasets"]:
                 raise UserError("option datasets:train is missing")
@@ -501,13 +505,22 @@ def check_metric(cfg: Mapping[str, Any], where: str) -> None:
     """A metric's keyword arguments, without the images and ``better``, which says which way is up."""
     target = registry.lookup("metric", cfg["type"], f"option {where}:type")
     parameters = inspect.signature(target).parameters
-    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ("img", "img2")]
+    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ("img", "img2", "lq")]
     for key in cfg:
         if key not in (*known, "type", "better"):
             raise UserError(f"unknown option {where}:{key}; {did_you_mean(key, [*known, 'better'])}")
     for name in known:
         if parameters[name].default is inspect.Parameter.empty and name not in cfg:
             raise UserError(f"option {where}:{name} is missing ({cfg['type']} needs it)")
+    if not _is_own(target):
+        return
+    check_call(target, {k: v for k, v in cfg.items() if k != "type"}, where, len(parameters) - len(known), own=True)
+    try:
+        protocol.stamp(cfg)
+    except NotAvailable:
+        pass  # said when it is to be measured
+    except UserError as err:
+        raise UserError(f"option {where}: {err}") from err
 
 
 def _without(paths: set, node: Any, here: tuple = ()) -> Any:

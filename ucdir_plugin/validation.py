@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import cv2
 import numpy as np
 import torch.distributed as dist
-from basicsr.metrics import calculate_metric
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger, tensor2img
-from basicsr.utils.registry import METRIC_REGISTRY
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ucdir_plugin import report
+from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.files import write_atomically
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
@@ -41,31 +39,6 @@ def bare_networks(model: Any) -> Iterator[None]:
         yield
     finally:
         vars(model).update(wrapped)
-
-
-def measure(image: np.ndarray, truth: Optional[np.ndarray], metrics: dict[str, dict]) -> dict[str, Optional[float]]:
-    """BasicSR metrics of one image; None where one cannot be measured (NIQE of a constant or very small image).
-
-    Args:
-        image, truth: (H, W, 3) BGR uint8. Without a truth, only no-reference metrics are computed.
-        metrics: name -> ``{type: ..., keyword arguments}``.
-    """
-    values: dict[str, Optional[float]] = {}
-    for name, cfg in metrics.items():
-        cfg = {k: v for k, v in cfg.items() if k != "better"}
-        if "img2" in inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters:
-            if truth is None or image.shape != truth.shape:  # no truth, or an input of a lower resolution
-                continue
-            value = float(calculate_metric({"img": image, "img2": truth}, cfg))
-        else:
-            try:
-                with np.errstate(all="ignore"):
-                    value = float(calculate_metric({"img": image}, cfg))
-            except (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError, AssertionError):
-                # NIQE fits statistics to blocks of 96x96: too small or constant an image has none.
-                value = float("nan")
-        values[name] = None if np.isnan(value) else value
-    return values
 
 
 def sample_key(data: dict[str, Any], dataset_opt: dict) -> str:
@@ -92,7 +65,7 @@ def write_image(image: np.ndarray, path: str) -> None:
 
 def validate(
     model: Any, dataset: Dataset, current_iter: Any, tb_logger: Any = None, save_img: bool = True
-) -> list[report.Row]:
+) -> report.Results:
     """Restore every image of ``dataset``, measure input, initial prediction and result, log and write them.
 
     Args:
@@ -102,13 +75,13 @@ def validate(
         save_img: write the results and, side by side, input | initial | restored | truth.
 
     Returns:
-        one row per image, in the order of their keys, on every rank.
+        the measurements of all images, on every rank.
     """
     opt, dataset_opt = model.opt, dataset.opt
     metrics = opt["val"].get("metrics") or {}
     rank, world = opt["rank"], opt["world_size"]
     loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size=1, num_workers=0)
-    rows = []
+    evaluation = _evaluation(opt)
     quiet = rank != 0 or not opt["val"].get("pbar", True)
     bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=quiet or None)
     with bare_networks(model):
@@ -119,19 +92,36 @@ def validate(
             visuals = model.get_current_visuals()
             images = {name: tensor2img([visuals[name]]) for name in (*STAGES, "gt") if name in visuals}
             truth = images.pop("gt", None)
-            rows.append({"image": key, "metrics": {STAGES[n]: measure(v, truth, metrics) for n, v in images.items()}})
+            evaluation.add(key, {STAGES[n]: image for n, image in images.items()}, truth, images.get("lq"))
             if save_img:
                 _write_pictures(opt, dataset_opt["name"], key, images, truth, current_iter)
             for name in ("gt", "lq", "output", "initial"):
                 vars(model).pop(name, None)
     if opt["dist"]:
-        shares: list = [None] * world
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
-    rows.sort(key=lambda row: row["image"])
+        # Features can be large: they go to rank 0 alone, and the numbers come back.
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(evaluation.share() if rank else None, shares)
+        if rank == 0:
+            evaluation.merge(shares[1:])
+        results = [evaluation.results() if rank == 0 else None]
+        dist.broadcast_object_list(results)
+        results = results[0]
+    else:
+        results = evaluation.results()
     if metrics:
-        _log(model, dataset_opt["name"], report.means(rows), current_iter, tb_logger)
-    return rows
+        _log(model, dataset_opt["name"], results.summary(), current_iter, tb_logger)
+    return results
+
+
+def _evaluation(opt: dict) -> Evaluation:
+    """Rank 0 comes first: it alone downloads."""
+    val, metrics = opt["val"], opt["val"].get("metrics") or {}
+    if opt["dist"] and opt["rank"]:
+        dist.barrier()
+    evaluation = Evaluation(metrics, val.get("weights_dir"), bool(val.get("download")) and opt["rank"] == 0)
+    if opt["dist"] and opt["rank"] == 0:
+        dist.barrier()
+    return evaluation
 
 
 def _write_pictures(opt: dict, dataset: str, key: str, images: dict, truth: Any, current_iter: Any) -> None:

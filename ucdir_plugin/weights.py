@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
 import json
 import os
 import pickle
+from dataclasses import dataclass
 from typing import Any, Mapping
 
 import torch
@@ -13,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import NotAvailable, UserError
 
 # What the released ``*_gen.pth`` of UCDIR holds beside the weights: constants of its noise schedule.
 SCHEDULE_BUFFERS = frozenset(
@@ -36,6 +39,67 @@ SCHEDULE_BUFFERS = frozenset(
 
 HEADER = "ucdir_plugin"
 """Key of a model file's options in its safetensors header."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights that others publish.
+
+    Args:
+        name: of the file.
+        url: where it can be had.
+        sha256: of its content, 64 hexadecimal digits; None if its publishers' is not known.
+    """
+
+    name: str
+    url: str
+    sha256: str | None = None
+
+    def find(self, weights_dir: str | None = None) -> tuple[str, str]:
+        """Path and SHA-256 of the first such file in ``weights_dir``, ``$UCDIR_WEIGHTS`` and the torch hub cache.
+
+        Raises:
+            NotAvailable: if there is none, or only ones of other content; says which file to put where.
+        """
+        folders = [weights_dir, os.environ.get("UCDIR_WEIGHTS"), os.path.join(torch.hub.get_dir(), "checkpoints")]
+        paths = [os.path.join(os.path.expanduser(folder), self.name) for folder in folders if folder]
+        wrong = []
+        for path in filter(os.path.isfile, paths):
+            found = sha256_of(path)
+            if self.sha256 in (None, found):
+                return path, found
+            wrong.append(f"{path} has SHA-256 {found}, not {self.sha256}: it is damaged or another file")
+        raise NotAvailable(wrong[0] if wrong else f"put {self.name} ({self.url}) at {' or '.join(paths)}", self)
+
+    def download(self, weights_dir: str | None = None) -> str:
+        """Download the file into the first of the folders that :meth:`find` looks in; returns its path.
+
+        Raises:
+            UserError: if it cannot be had or written, or is not what was expected.
+        """
+        folder = weights_dir or os.environ.get("UCDIR_WEIGHTS") or os.path.join(torch.hub.get_dir(), "checkpoints")
+        path = os.path.join(os.path.expanduser(folder), self.name)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(self.url, path, hash_prefix=self.sha256)
+        except (OSError, RuntimeError) as err:  # RuntimeError: another hash
+            raise UserError(f"cannot download {self.url} to {path}: {err}") from err
+        return path
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits; computed again only when the file has changed."""
+    status = os.stat(path)
+    return _sha256(os.path.abspath(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, _modified: int, _size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
+
+from ucdir_plugin.diffusion.tiling import Grid
+from ucdir_plugin.errors import NotMeasurable, UserError
+from ucdir_plugin.metrics.images import described
+from ucdir_plugin.registry import register
 
 
 def seam_score(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:
@@ -35,3 +40,49 @@ def seam_score(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -
     if not rest.any():
         return float("inf") if seams.any() else 1.0
     return float(seams.mean() / rest.mean())
+
+
+def _protocol(tile: int, overlap: int, grid: str, stride: int, border: int) -> dict[str, Any]:
+    about = {"name": "Seam score", "colour": "as stored", "range": "any", "tile": tile, "overlap": overlap}
+    return {**about, "grid": grid, "stride": stride, "border": border}
+
+
+@register("metric")
+@described(_protocol)
+def calculate_seam_score(
+    img: np.ndarray,
+    tile: int,
+    overlap: int = 64,
+    grid: str = "aligned",
+    stride: int = 1,
+    border: int = 0,
+    better: str = "lower",
+) -> float:
+    """:func:`seam_score` at the borders of the patches that ``val: sampling:`` of the same ``tile``, ... makes.
+
+    Args:
+        img: (H, W) or (H, W, C).
+        stride: of the denoiser, to which the aligned grid is rounded (UCDIRDenoiser: 2 ** (levels - 1)).
+        border: ``val: sampling: border``; the grid is laid over the image with it.
+        better: for BasicSR, which hands it over; changes nothing.
+
+    Raises:
+        NotMeasurable: for an image that is one patch.
+        UserError: for an unknown grid, or a tile and overlap that make none.
+    """
+    if grid not in ("aligned", "released"):
+        raise UserError(f"seam score: there is no grid {grid!r}; known: aligned, released")
+    height, width = (size + 2 * border for size in img.shape[:2])
+    if max(height, width) <= tile:
+        raise NotMeasurable(f"the image is one patch of {tile}")
+    if grid == "aligned":
+        made = Grid.aligned(height, width, tile, overlap, stride)
+    else:
+        made = Grid.released(height, width, tile, overlap)
+    rows, columns = (
+        [at - border for at in borders if 0 < at - border < size] for borders, size in zip(made.borders, img.shape)
+    )
+    try:
+        return seam_score(img, rows, columns)
+    except ValueError as err:
+        raise NotMeasurable(str(err)) from err

@@ -1,0 +1,214 @@
+"""Measuring a set of images: every metric of ``val: metrics:``, of one image or of all, with its protocol.
+
+Images come one at a time and are not kept; of FID and KID the patches' features are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Mapping, Optional, Sequence
+
+import numpy as np
+from basicsr.metrics import calculate_metric
+from basicsr.utils import get_root_logger
+from basicsr.utils.registry import METRIC_REGISTRY
+
+from ucdir_plugin import report
+from ucdir_plugin.errors import NotAvailable, NotMeasurable
+from ucdir_plugin.metrics import distances, protocol
+
+Metrics = Mapping[str, Mapping[str, Any]]
+"""Name in tables -> ``{type: registered name, keyword arguments, better: higher or lower}``."""
+
+
+def needs(cfg: Mapping[str, Any]) -> set[str]:
+    """What a metric compares the image with: img2 (the truth), lq (the degraded input), or nothing."""
+    return {"img2", "lq"} & set(inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters)
+
+
+def measure(
+    image: np.ndarray, truth: Optional[np.ndarray], metrics: Metrics, lq: Optional[np.ndarray] = None
+) -> dict[str, Optional[float]]:
+    """Metrics of one image; None where one cannot be measured (NIQE of a constant or very small image).
+
+    Args:
+        image, truth, lq: (H, W, 3) or (H, W) BGR uint8. Metrics that compare with what is not given, or with a truth of
+            another size, are left out.
+        metrics: of one image each; those of a set are left out.
+
+    Raises:
+        NotAvailable: if a package or weights are not there.
+    """
+    values: dict[str, Optional[float]] = {}
+    for name, cfg in metrics.items():
+        if cfg["type"] in distances.SETS:
+            continue
+        data = {"img": image}
+        others = {"img2": truth, "lq": lq}
+        data.update({key: others[key] for key in needs(cfg)})
+        if any(value is None for value in data.values()) or ("img2" in data and image.shape != truth.shape):
+            continue
+        # BasicSR's NIQE fits statistics to blocks of 96x96: too small or constant an image has none.
+        failures = (NotMeasurable,)
+        if "img2" not in data:
+            failures += (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError, AssertionError)
+        try:
+            with np.errstate(all="ignore"):
+                value = float(calculate_metric(data, {k: v for k, v in cfg.items() if k != "better"}))
+        except failures:
+            value = float("nan")
+        values[name] = None if np.isnan(value) else value
+    return values
+
+
+class Evaluation:
+    """Collects measurements of images; several processes each have one, and merge them.
+
+    Args:
+        metrics: as in option files. Those whose packages or weights are not there are reported as not available, with a
+            warning that says what to do; the others are measured.
+        weights_dir: where weights are looked for first (``val: weights_dir``).
+        download: get weights that are not there.
+
+    Attributes:
+        protocols: name -> stamp (:mod:`ucdir_plugin.metrics.protocol`) of what is measured.
+        unavailable: name -> why not, and what to do.
+    """
+
+    def __init__(self, metrics: Metrics, weights_dir: Optional[str] = None, download: bool = False):
+        self.protocols: dict[str, dict] = {}
+        self.unavailable: dict[str, str] = {}
+        self._metrics: dict[str, dict] = {}
+        self._rows: list[report.Row] = []
+        # (network, patch size, crop) -> stage -> image -> features of the result's patches and of the truth's
+        self._features: dict[tuple, dict[str, dict[str, tuple]]] = {}
+        for name, given in metrics.items():
+            cfg = _with_folder(given, weights_dir)
+            try:
+                self.protocols[name] = _stamp(cfg, download)
+                self._metrics[name] = cfg
+            except NotAvailable as err:
+                self._drop(name, err)
+
+    def _drop(self, name: str, reason: NotAvailable) -> None:
+        self.unavailable[name] = str(reason)
+        self.protocols.pop(name, None)
+        self._metrics.pop(name, None)
+        get_root_logger().warning(f"metric {name} is not available: {reason}")
+
+    def add(
+        self,
+        key: str,
+        stages: Mapping[str, np.ndarray],
+        truth: Optional[np.ndarray] = None,
+        lq: Optional[np.ndarray] = None,
+    ) -> report.Row:
+        """Measure an image in each of its stages.
+
+        Args:
+            key: its name in tables, unlike any other's.
+            stages: name -> (H, W, 3) or (H, W) BGR uint8; input, initial, restored.
+            truth, lq: what full-reference metrics, and those of the degraded input, compare with.
+        """
+        row: report.Row = {"image": key, "metrics": {stage: {} for stage in stages}}
+        for name, cfg in list(self._metrics.items()):
+            try:
+                if cfg["type"] in distances.SETS:
+                    self._add_features(key, stages, truth, cfg)
+                    continue
+                for stage, image in stages.items():
+                    row["metrics"][stage].update(measure(image, truth, {name: cfg}, lq))
+            except NotAvailable as err:  # installed but broken
+                self._drop(name, err)
+        self._rows.append(row)
+        return row
+
+    def _add_features(
+        self, key: str, stages: Mapping[str, np.ndarray], truth: Optional[np.ndarray], cfg: Mapping[str, Any]
+    ) -> None:
+        kwargs = {**protocol.arguments(cfg), "weights_dir": cfg.get("weights_dir")}
+        found = self._features.setdefault(_source(cfg), {})
+        fitting = {stage: image for stage, image in stages.items() if truth is not None and image.shape == truth.shape}
+        if not fitting or any(key in images for images in found.values()):  # the latter: FID's serve KID too
+            return
+        of_truth = distances.patch_features(truth, **kwargs)
+        for stage, image in fitting.items():
+            found.setdefault(stage, {})[key] = (distances.patch_features(image, **kwargs), of_truth)
+
+    def share(self) -> dict[str, Any]:
+        """What another process needs to :meth:`merge` this one's measurements; for pickling."""
+        return {"rows": self._rows, "features": self._features, "unavailable": self.unavailable}
+
+    def merge(self, shares: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the measurements of others, of other images. What one of them could not measure is dropped."""
+        for share in shares:
+            self._rows = self._rows + share["rows"]
+            for source, stages in share["features"].items():
+                for stage, images in stages.items():
+                    self._features.setdefault(source, {}).setdefault(stage, {}).update(images)
+            for name, reason in share["unavailable"].items():
+                if name not in self.unavailable:
+                    self._drop(name, NotAvailable(reason))
+
+    def results(self) -> report.Results:
+        """All measurements, in the order of the images' keys: the same however images were shared out."""
+        rows = sorted(self._rows, key=lambda row: row["image"])
+        for row in rows:
+            for values in row["metrics"].values():
+                for name in values.keys() & self.unavailable.keys():  # measured here, not everywhere
+                    del values[name]
+        sets: dict[str, dict[str, dict]] = {}
+        for name, cfg in self._metrics.items():
+            if cfg["type"] in distances.SETS:
+                for stage, images in self._features.get(_source(cfg), {}).items():
+                    pairs = [images[key] for key in sorted(images)]
+                    sets.setdefault(stage, {})[name] = distances.summary(distances.SETS[cfg["type"]], pairs)
+        return report.Results(rows, self.protocols, sets, self.unavailable)
+
+
+def _with_folder(cfg: Mapping[str, Any], weights_dir: Optional[str]) -> dict[str, Any]:
+    takes = "weights_dir" in inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters
+    return {**({"weights_dir": weights_dir} if takes and weights_dir else {}), **cfg}
+
+
+def _source(cfg: Mapping[str, Any]) -> tuple:
+    kwargs = protocol.arguments(cfg)
+    return kwargs["network"], kwargs["patch_size"], kwargs["crop_border"]
+
+
+def _stamp(cfg: Mapping[str, Any], download: bool) -> dict[str, Any]:
+    """The protocol's stamp; with ``download``, weights that are not there are had first."""
+    tried = set()
+    while True:
+        try:
+            return protocol.stamp(cfg)
+        except NotAvailable as err:
+            if not download or err.file is None or err.file in tried:
+                raise
+            tried.add(err.file)
+            get_root_logger().info(f"downloading {err.file.url}")
+            err.file.download(cfg.get("weights_dir"))
+
+
+def for_basicsr_loop(metrics: Optional[Metrics], weights_dir: Optional[str] = None) -> Optional[dict[str, dict]]:
+    """Those metrics that a validation loop of BasicSR's own can measure: it has an image and its truth, no more.
+
+    The others are left out with a warning.
+    """
+    kept = {}
+    for name, given in (metrics or {}).items():
+        cfg, reason = _with_folder(given, weights_dir), None
+        if cfg["type"] in distances.SETS:
+            reason = "it is of a set of images"
+        elif "lq" in needs(cfg):
+            reason = "it needs the degraded input"
+        else:
+            try:
+                protocol.stamp(cfg)
+            except NotAvailable as err:
+                reason = str(err)
+        if reason is None:
+            kept[name] = cfg
+        else:
+            get_root_logger().warning(f"metric {name} is not measured in this model's own validation: {reason}")
+    return kept or None
