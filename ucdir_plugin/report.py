@@ -114,8 +114,8 @@ def markdown_table(results: Results) -> str:
 def as_data(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     """What metrics_*.json holds; infinities (PSNR of equal images) as the text 'inf', since JSON has none.
 
-    ``about``: given; ``protocols``, ``sets``, ``unavailable``: as in :class:`Results`; ``mean``: stage -> metric -> mean
-    over the images; ``measured``: stage -> metric -> number of images in that mean; ``images``: the rows.
+    ``about``: given; ``protocols``, ``sets``, ``unavailable``: as in :class:`Results`; ``mean``: stage -> metric ->
+    mean over the images; ``measured``: stage -> metric -> number of images in that mean; ``images``: the rows.
     """
     return _finite(
         {

@@ -70,7 +70,7 @@ def calculate_consistency(
     Args:
         img: the result, (H, W, 3) or (H, W) BGR uint8.
         lq: the degraded input, uint8; another size only with ``degradation: resize``.
-        degradation, quality: of :func:`degrade`. 'resize' to the same size changes nothing: the error against the input.
+        degradation, quality: of :func:`degrade`. 'resize' to the same size changes nothing.
         crop_border: pixels of the input left out on each side.
         better: for BasicSR, which hands it over; changes nothing.
 

@@ -166,8 +166,9 @@ def summary(kind: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[s
         pairs: for each image, features (n, D) of the result's patches and of the truth's; n may be 0.
 
     Returns:
-        ``value`` (None with a ``reason`` where it cannot be measured), ``images`` and ``patches`` that count, ``left_out``
-        (images smaller than a patch), ``warnings``; for KID ``standard_error`` and ``error_over`` (images or patches).
+        ``value`` (None with a ``reason`` where it cannot be measured), ``images`` and ``patches`` that count,
+        ``left_out`` (images smaller than a patch), ``warnings``; for KID ``standard_error`` and ``error_over``
+        (images or patches).
     """
     used = [(a, b) for a, b in pairs if len(a)]
     result: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 A stamp is a mapping of plain values: ``name`` (for people), ``type`` (registered), ``better`` (higher or lower), and
 what the number depends on: ``colour``, ``range``, ``crop_border``, ``network``, ``weights`` (file: SHA-256),
-``package``, ``reference`` and a metric's own parameters. Counts, warnings and errors belong to a result, not to its protocol.
+``package``, ``reference`` and a metric's own parameters. Counts and
+warnings belong to a result, not to its protocol.
 """
 
 from __future__ import annotations
