@@ -58,7 +58,7 @@ def nrqm_network(path: str, colour: str) -> Callable[[torch.Tensor], torch.Tenso
     network = imported("pyiqa.archs.nrqm_arch", INSTALL).NRQM
     try:
         return network(color_space=colour, pretrained_model_path=path)
-    except (ValueError, KeyError, IndexError, NotImplementedError, OSError) as err:
+    except Exception as err:  # SciPy raises many types for damaged files
         raise UserError(f"{path} is not the model of NRQM: {type(err).__name__}: {err}") from err
 
 
