@@ -14,7 +14,7 @@ from test_metrics import needs
 from test_tools import TORCHRUN
 
 from ucdir_plugin import report
-from ucdir_plugin.errors import NotAvailable
+from ucdir_plugin.errors import NotAvailable, UserError
 from ucdir_plugin.evaluation import Evaluation, for_basicsr_loop, measure
 from ucdir_plugin.metrics import distances, features, perceptual, protocol
 from ucdir_plugin.metrics.images import described
@@ -312,3 +312,32 @@ def test_tools_measure_sets_on_one_process_and_on_two(workplace):
             other = tables[1]["sets"][stage][name]
             assert result["value"] == pytest.approx(other["value"], rel=1e-4, abs=1e-6)
             assert {**result, "value": 0, "standard_error": 0} == {**other, "value": 0, "standard_error": 0}
+
+
+def test_in_mmengine(images):
+    """Through MMEngine's own evaluator: the numbers of one evaluation."""
+    from mmengine.evaluator import Evaluator
+
+    def tensor(image):
+        return torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1) / 255
+
+    evaluator = Evaluator(
+        {"type": "ucdir_plugin.RestorationMetrics", "metrics": {**METRICS, "lpips": {"type": "calculate_lpips"}}}
+    )
+    samples = [
+        {"key": k, "lq": tensor(i[0]), "output": tensor(i[1])[None], "gt": tensor(i[2])} for k, i in images.items()
+    ]
+    evaluator.process(samples[:2])
+    evaluator.process(samples[2:])
+    found = evaluator.evaluate(3)
+    whole = evaluated(images).results()
+    expected = whole.summary()
+    assert set(found) == {f"restoration/{p}{m}" for p in ("", "input/") for m in METRICS}
+    for metric in METRICS:
+        assert found[f"restoration/{metric}"] == pytest.approx(expected["restored"][metric])
+        assert found[f"restoration/input/{metric}"] == pytest.approx(expected["input"][metric])
+    measured = evaluator.metrics[0].measured
+    assert measured.protocols == whole.protocols
+    assert "put alexnet" in measured.unavailable["lpips"]
+    with pytest.raises(UserError, match="metrics:m:type: there is no metric 'calculate_fidd'"):
+        Evaluator({"type": "ucdir_plugin.RestorationMetrics", "metrics": {"m": {"type": "calculate_fidd"}}})

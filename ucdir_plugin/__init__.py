@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from ucdir_plugin import compat  # noqa: F401  (first: BasicSR cannot be imported before it)
 
 # isort: split
-from ucdir_plugin import archs, data, losses, metrics, models  # noqa: F401
+from ucdir_plugin import archs, data, losses, metrics, mm, models  # noqa: F401
 
 
 def __getattr__(name: str):

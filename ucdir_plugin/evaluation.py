@@ -5,6 +5,7 @@ Images come one at a time and are not kept; of FID and KID the patches' features
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, Mapping, Optional, Sequence
 
@@ -89,6 +90,15 @@ class Evaluation:
                 self._metrics[name] = cfg
             except NotAvailable as err:
                 self._drop(name, err)
+
+    def empty(self) -> Evaluation:
+        """One of the same metrics that has measured nothing."""
+        twin = copy.copy(self)
+        twin.protocols, twin.unavailable, twin._metrics = (
+            dict(d) for d in (self.protocols, self.unavailable, self._metrics)
+        )
+        twin._rows, twin._features = [], {}
+        return twin
 
     def _drop(self, name: str, reason: NotAvailable) -> None:
         self.unavailable[name] = str(reason)

@@ -27,6 +27,7 @@ from ucdir_plugin.errors import UserError, did_you_mean
 SCOPE = "ucdir_plugin"
 MODELS = mm.Registry("model", parent=mm.MODELS, scope=SCOPE)
 DATASETS = mm.Registry("dataset", parent=mm.DATASETS, scope=SCOPE)
+METRICS = mm.Registry("metric", parent=mm.METRICS, scope=SCOPE)
 
 BASICSR = {
     "arch": ARCH_REGISTRY,
@@ -35,7 +36,7 @@ BASICSR = {
     "metric": METRIC_REGISTRY,
     "model": MODEL_REGISTRY,
 }
-# A BasicSR model is a training loop and its metrics are functions: MMEngine has other interfaces for both.
+# A BasicSR model is a training loop and its metrics are functions: MMEngine has other interfaces for both (mm/).
 _MMENGINE = {"arch": MODELS, "loss": MODELS, "dataset": DATASETS}
 
 T = TypeVar("T")
