@@ -11,39 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_line_error, merged
+from conftest import EDSR, RESTORING, assert_one_line_error, merged
 from PIL import Image
 
 import ucdir_plugin
 from ucdir_plugin import pipeline, restorer
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.registry import build_arch
-
-LQ_ONLY = {"name": "val", "type": "PairedRestorationDataset", "dataroot_lq": "photos"}
-OPTIONS = merged(
-    TINY, {"train": None, "datasets": {"train": None, "val": None}, "path": {"pretrain_network_g": "net.pth"}}
-)
-OPTIONS["datasets"] = {"val": LQ_ONLY}
-EDSR = {
-    "name": "edsr",
-    "model_type": "SRModel",
-    "scale": 2,
-    "datasets": {"val": LQ_ONLY},
-    "network_g": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2},
-    "path": {"pretrain_network_g": "edsr.pth"},
-}
-
-
-@pytest.fixture
-def place(workplace, monkeypatch):
-    """Photographs, option files and random weights of both networks."""
-    for options, name, path in ((OPTIONS, "options.yml", "net.pth"), (EDSR, "edsr.yml", "edsr.pth")):
-        torch.manual_seed(1)
-        net = build_arch(options["network_g"])
-        torch.save({"params": net.state_dict(), "params_ema": net.state_dict()}, workplace.folder / path)
-        workplace.write(options, name)
-    monkeypatch.chdir(workplace.folder)
-    return workplace
 
 
 def run(place, *args: str, source: str = "photos", target: str = "out", opt: str = "options.yml"):
@@ -361,7 +334,7 @@ def test_bad_places_get_one_line(place):
     os.mkdir("bare")
     assert_one_line_error(run(place, source="bare"), "the folder bare holds no image")
     assert_one_line_error(run(place, target="net.pth"), "-o: cannot write in net.pth")
-    assert_one_line_error(run(place, source="photos/coffee.png", target="a.gif"), "a.gif", ".png")
+    assert_one_line_error(run(place, source="photos/coffee.png", target="a.gif"), "written as .gif", ".png")
     assert_one_line_error(run(place, source="net.pth"), "net.pth")
     assert_one_line_error(
         run(place, "--max-pixels", "1000", source="photos/coffee.png"), "coffee.png", "36x44", "--max-pixels"
@@ -369,7 +342,7 @@ def test_bad_places_get_one_line(place):
     assert_one_line_error(run(place, "--model", "nothing"), "nothing is neither an option file")
     assert_one_line_error(run(place, "--model", "nothing.safetensors"), "nothing.safetensors does not exist")
     assert_one_line_error(run(place, "--model", "x.safetensors", "--weights", "net.pth"), "--weights goes with -opt")
-    place.write(merged(OPTIONS, {"path": None}), "options.yml")
+    place.write(merged(RESTORING, {"path": None}), "options.yml")
     assert_one_line_error(run(place), "no weights", "none found in")
 
 

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ class Job(NamedTuple):
     size: Tuple[int, int]
 
 
-def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dict[str, str], str]:
+def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]:
     """What there is to do.
 
     Args:
@@ -49,7 +50,7 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
         target: a folder; for one image also a file with an image's extension.
 
     Returns:
-        jobs; key -> reason of images that cannot be read or are too large; extension of the results.
+        jobs; key -> reason of images that cannot be read; extension of the results.
 
     Raises:
         UserError: if there is no image, or no place for results.
@@ -66,7 +67,8 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
         raise UserError(f"-i {source} does not exist")
     stems = [os.path.join(target, stem) for stem in _stems(keys)]
     if os.path.isfile(source) and os.path.splitext(target)[1] and not os.path.isdir(target):
-        extension = imageio.check_extension(target)
+        extension = os.path.splitext(target)[1]
+        imageio.check_output(extension)
         stems = [os.path.splitext(target)[0]]
     if os.path.isfile(source) and os.path.realpath(f"{stems[0]}{extension}") == os.path.realpath(source):
         raise UserError(f"-o {target} would overwrite the input: name another one")
@@ -74,7 +76,7 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
     for key, stem in zip(keys, stems):
         path = os.path.join(root, key)
         try:
-            jobs.append(Job(key, path, stem, imageio.checked_size(path, max_pixels)))
+            jobs.append(Job(key, path, stem, imageio.image_size(path)))
         except UserError as err:
             unreadable[key] = str(err)
     return jobs, unreadable, extension
@@ -115,7 +117,7 @@ class _Results:
         self.hidden: Dict[str, str] = {}
 
     def write(self, image: torch.Tensor, photo: imageio.Photo, suffix: str = "") -> None:
-        """(1, 3, H, W) in [0, 1] up to overshoot, as NAME + suffix."""
+        """(1, 3, H, W) in [0, 1], as NAME + suffix."""
         name = f"{self.name}{suffix}{self.extension}"
         self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
         write_atomically(imageio.encode_result(image[0], photo, self.extension), self.hidden[name])
@@ -207,7 +209,7 @@ def restore_files(
         UserError: if nothing could be restored, or results cannot be written.
     """
     model.check(samples, blend)
-    jobs, failed, extension = find_jobs(source, target, max_pixels)
+    jobs, failed, extension = find_jobs(source, target)
     if not jobs:
         _give_up(source, failed)
     _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
@@ -217,7 +219,8 @@ def restore_files(
     skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
     todo = [job for job in jobs if job not in set(skipped)]
-    bar = _Bar(sum(model.plan(*job.size).pixels for job in todo) * samples * bool(blend))
+    counted = [job for job in todo if job.size[0] * job.size[1] <= max_pixels]
+    bar = _Bar(sum(model.plan(*job.size).pixels for job in counted) * samples * bool(blend))
     writer = _Writer()
     unfinished: List[_Results] = []
     done = 0
@@ -273,9 +276,11 @@ def _restore_one(
     if empty is torch.empty and model.device.type == "cpu":
         _check_memory(model, job, samples)
     photo = imageio.read_photo(job.path, max_pixels)
+    imageio.check_output(results.extension, photo, model.scale)
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
-    photo.pixels = photo.pixels[:0]  # only its kind is still needed
+    # Of the pixels only shape and type are still needed.
+    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1], photo.pixels.shape))
     drawn = model.run(
         lq,
         job.key,
