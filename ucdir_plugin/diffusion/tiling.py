@@ -353,7 +353,11 @@ def per_patch(
 
 @torch.no_grad()
 def receptive_field(
-    function: Callable[[torch.Tensor], torch.Tensor], channels: int, stride: int = 1, limit: int = 1024
+    function: Callable[[torch.Tensor], torch.Tensor],
+    channels: int,
+    stride: int = 1,
+    limit: int = 1024,
+    start: int = 32,
 ) -> Optional[int]:
     """Radius in pixels: how far the result looks beyond a cut at a multiple of the stride. The overlap for exactness.
 
@@ -367,17 +371,17 @@ def receptive_field(
         channels: of the input; join several inputs and let the function take them apart.
         stride: total stride of the network.
         limit: the largest radius to look for.
+        start: the radius to look for first, doubled until it is enough. If it is, time is saved.
 
     Returns:
         The radius; None if it is above ``limit`` or, as with GroupNorm or attention, without bound.
     """
-    radii = [_reach(function, channels, stride, limit, dim) for dim in (2, 3)]
+    radii = [_reach(function, channels, stride, limit, start, dim) for dim in (2, 3)]
     return None if None in radii else max(radii)
 
 
-def _reach(function: Callable, channels: int, stride: int, limit: int, dim: int) -> Optional[int]:
+def _reach(function: Callable, channels: int, stride: int, limit: int, margin: int, dim: int) -> Optional[int]:
     """:func:`receptive_field` along one axis, in images that grow until the NaN ends before they do."""
-    margin = 32
     while True:
         margin = -(-min(margin, limit + 1) // stride) * stride
         across = stride * max(2, -(-16 // stride))  # enough for the padding of most layers
