@@ -289,6 +289,8 @@ def load_model(
         "weights": os.path.basename(weights_file),
         "weights_key": key,
         "weights_sha256": sha256(weights_file),
+        # The overlap from which on patches equal the whole image; None: the network looks at all of it.
+        "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training.timesteps, type(net).__name__)
     return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about, notes)
