@@ -5,11 +5,14 @@
 // the N basis responses of a few vectors of positions: the C * N channels never reach memory. Vectors are those of the
 // compiler (GCC, Clang), their length follows the instruction set that it is told to use.
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -152,44 +155,83 @@ INLINE void transpose_plain(const T* src, long src_ld, T* dst, long dst_ld, long
 }
 
 #if HAS_SHUFFLE
-typedef float Eight __attribute__((vector_size(32)));
+template <int QUADS>
+struct QuadsOf;
+template <>
+struct QuadsOf<1> { typedef float type __attribute__((vector_size(16))); };
+template <>
+struct QuadsOf<2> { typedef float type __attribute__((vector_size(32))); };
+template <>
+struct QuadsOf<4> { typedef float type __attribute__((vector_size(64))); };
+template <int QUADS>
+using Quads = typename QuadsOf<QUADS>::type;
 
-INLINE void transpose_eight(const float* src, long src_ld, float* dst, long dst_ld, bool add) {
-  Eight a[8], b[8];
-  for (int i = 0; i < 8; i++) a[i] = load<float, Eight>(src + i * src_ld);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+// Four rows, STEP apart, of four numbers behind each other: loads that insert do without the one port that shuffles.
+template <int QUADS>
+INLINE Quads<QUADS> load_quads(const float* p, long step) {
+  if constexpr (QUADS == 1) return load<float, Quads<1>>(p);
+#if defined(__AVX512F__)
+  if constexpr (QUADS == 4) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + step), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * step), 2);
+    return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * step), 3);
   }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
+#endif
+  if constexpr (QUADS == 2)
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+}
+
+// Within each quad of a and b, units of SIZE numbers taken in turns from the first or second halves.
+template <int SIZE, int HALF, typename V, size_t... I>
+INLINE V zip(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(
+      a, b, (I / 4 * 4 + 2 * HALF + I % 4 / (2 * SIZE) * SIZE + I % SIZE + I % 4 / SIZE % 2 * sizeof...(I))...);
+}
+
+// 4 QUADS rows of four numbers.
+template <int QUADS>
+INLINE void transpose_quads(const float* src, long src_ld, float* dst, long dst_ld, bool add) {
+  typedef Quads<QUADS> V;
+  const std::make_index_sequence<4 * QUADS> all;
+  V a[4];
+  for (int i = 0; i < 4; i++) a[i] = load_quads<QUADS>(src + i * src_ld, 4 * src_ld);
+  const V low[2] = {zip<1, 0>(a[0], a[1], all), zip<1, 0>(a[2], a[3], all)};
+  const V high[2] = {zip<1, 1>(a[0], a[1], all), zip<1, 1>(a[2], a[3], all)};
+  const V out[4] = {zip<2, 0>(low[0], low[1], all), zip<2, 1>(low[0], low[1], all), zip<2, 0>(high[0], high[1], all),
+                    zip<2, 1>(high[0], high[1], all)};
   for (int j = 0; j < 4; j++) {
-    Eight low = __builtin_shufflevector(a[j], a[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    Eight high = __builtin_shufflevector(a[j], a[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    float *p = dst + j * dst_ld, *q = dst + (j + 4) * dst_ld;
-    store(p, add ? load<float, Eight>(p) + low : low);
-    store(q, add ? load<float, Eight>(q) + high : high);
+    float* p = dst + j * dst_ld;
+    store(p, add ? load<float, V>(p) + out[j] : out[j]);
   }
+}
+
+template <int QUADS>
+void transpose_rows(const float* src, long src_ld, float* dst, long dst_ld, long rows, long cols, bool add) {
+  constexpr long R = 4 * QUADS;
+  const long r = rows / R * R, c = cols / 4 * 4;
+  for (long i = 0; i < r; i += R) {
+    for (long j = 0; j < c; j += 4) transpose_quads<QUADS>(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld, add);
+    transpose_plain(src + i * src_ld + c, src_ld, dst + c * dst_ld + i, dst_ld, R, cols - c, add);
+  }
+  src += r * src_ld, dst += r;
+  if constexpr (QUADS > 1)
+    transpose_rows<QUADS / 2>(src, src_ld, dst, dst_ld, rows - r, cols, add);
+  else
+    transpose_plain(src, src_ld, dst, dst_ld, rows - r, cols, add);
 }
 #endif
 
 template <typename T>
 void transpose(const T* src, long src_ld, T* dst, long dst_ld, long rows, long cols, bool add = false) {
+#if HAS_SHUFFLE
+  if constexpr (std::is_same_v<T, float>) {
+    transpose_rows<BYTES / 16>(src, src_ld, dst, dst_ld, rows, cols, add);
+    return;
+  }
+#endif
   transpose_plain(src, src_ld, dst, dst_ld, rows, cols, add);
 }
-#if HAS_SHUFFLE
-template <>
-void transpose<float>(const float* src, long src_ld, float* dst, long dst_ld, long rows, long cols, bool add) {
-  const long r = rows / 8 * 8, c = cols / 8 * 8;
-  for (long i = 0; i < r; i += 8)
-    for (long j = 0; j < c; j += 8) transpose_eight(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld, add);
-  if (c < cols) transpose_plain(src + c, src_ld, dst + c * dst_ld, dst_ld, r, cols - c, add);
-  if (r < rows) transpose_plain(src + r * src_ld, src_ld, dst + r, dst_ld, rows - r, cols, add);
-}
-#endif
 
 struct Shape {
   long batch, channels, bases, height, width;
