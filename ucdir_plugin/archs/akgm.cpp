@@ -2,8 +2,9 @@
 //
 // A strip is some rows of one image, stored per channel with one zero behind each row, so that a neighbour at (dy, dx)
 // is always dy * pitch + dx further on (pitch = width + 1) and vectors of positions run across row ends. Registers hold
-// the N basis responses of a few vectors of positions: the C * N channels never reach memory. Vectors are those of the
-// compiler (GCC, Clang), their length follows the instruction set that it is told to use.
+// the N basis responses of a few vectors of positions: the C * N channels never reach memory. The gradients of weight and
+// bias go another way, see there. Vectors are those of the compiler (GCC, Clang), their length follows the instruction
+// set that it is told to use.
 
 #include <immintrin.h>
 
