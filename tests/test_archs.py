@@ -1,11 +1,14 @@
 """Properties of the networks beyond parity: sizes, batches, ranges, nested architectures."""
 
+import typing
+
 import pytest
 import torch
 from conftest import TINY_DENOISER, TINY_PREDICTOR
 
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
 from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.archs.ucdir_arch import NORMS, Norm, _Level, make_norm
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch
 
@@ -33,6 +36,20 @@ def test_padding():
 
 
 @torch.no_grad()
+def test_padding_of_the_release_adds_to_aligned_sizes():
+    x = torch.randn(1, 3, 64, 64)
+    padded = torch.nn.functional.pad(x, (0, 32, 0, 32), mode="reflect")
+    for make in (
+        lambda **padding: SIDUNet(width=2, levels=3, **padding),
+        lambda **padding: small_denoiser(in_channel=3, **padding).eval(),
+    ):
+        net, released = make(), make(released_padding=True)
+        released.load_state_dict(net.state_dict())
+        assert torch.equal(released(x), net(padded)[..., :64, :64])
+        assert not torch.equal(released(x), net(x))
+
+
+@torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch():
     net = UCDIRDenoiser(**{k: v for k, v in TINY_DENOISER.items() if k != "type"}).eval()
     x, level, guide = torch.randn(3, 6, 12, 12), torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 3, 12, 12)
@@ -57,10 +74,69 @@ def small_denoiser(**changes):
     return UCDIRDenoiser(**{k: v for k, v in cfg.items() if k != "type"})
 
 
+# Norms
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def trained(norm):
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    return norm
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_layernorm2d_is_that_of_nafnet(memory_format):
+    norm = trained(make_norm("layernorm2d", 5))
+    x = (torch.randn(2, 5, 6, 7) * torch.logspace(-4, 1, 7)).contiguous(memory_format=memory_format)
+    mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    expected = (x - mean) / (variance + 1e-6).sqrt() * norm.weight.view(1, 5, 1, 1) + norm.bias.view(1, 5, 1, 1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_layernorm_is_that_of_the_release(memory_format):
+    norm = trained(make_norm("layernorm", 6))
+    x = torch.randn(2, 6, 5, 7).contiguous(memory_format=memory_format)
+    mean, variance = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), keepdim=True, unbiased=False)
+    expected = (x - mean) / (variance + 1e-5).sqrt() * norm.weight.view(1, 6, 1, 1) + norm.bias.view(1, 6, 1, 1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layernorm2d_copies_nothing_that_is_channels_last():
+    norm = make_norm("layernorm2d", 8)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    assert x.data_ptr() in kept  # for the backward pass: what it normalised is x itself
+
+
+def test_every_norm_can_be_named_in_the_options():
+    assert typing.get_args(Norm) == tuple(NORMS)
+
+
+def test_layernorm2d_replaces_layernorm_everywhere():
+    """In the blocks, the attention and the head; with the same keys, so that one can be trained on from the other."""
+    net, default = small_denoiser(norm="layernorm2d"), small_denoiser()
+    assert not any(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
+    assert sum(isinstance(m, torch.nn.LayerNorm) for m in net.modules()) == 2 * 11 + 4 + 1
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in default.state_dict().items()}
+
+
+def test_attention_in_the_middle_can_be_left_out():
+    keys, without = (set(small_denoiser(mid_attn=mid_attn, attn_res=[]).state_dict()) for mid_attn in (True, False))
+    assert without < keys
+    assert {key.split(".attn.")[0] for key in keys - without} == {"mid.0"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("released_padding", [False, True])
-def test_guide_features_stand_for_the_guide(released_padding):
-    net = small_denoiser(released_padding=released_padding).eval()
+def test_guide_features_stand_for_the_guide(released_padding, norm):
+    net = small_denoiser(released_padding=released_padding, norm=norm).eval()
     guide = torch.randn(2, 3, 19, 30)
     features = net.guide_features(guide)
     for level in (torch.tensor([0.2, 0.9]), torch.tensor([0.5, 0.1])):
@@ -82,8 +158,9 @@ def test_sampling_computes_the_guide_once(monkeypatch):
 
 
 @torch.no_grad()
-def test_channels_last_through_the_whole_network():
-    net = small_denoiser(num_bases=4).eval()
+@pytest.mark.parametrize("norm", NORMS)
+def test_channels_last_through_the_whole_network(norm):
+    net = small_denoiser(num_bases=4, norm=norm).eval()
     layouts = {}
 
     def look(name):
@@ -109,10 +186,11 @@ def gradients(net):
     return out, [p.grad.clone() for p in net.parameters()]
 
 
-def test_checkpointing_changes_nothing_but_memory():
+@pytest.mark.parametrize("norm", NORMS)
+def test_checkpointing_changes_nothing_but_memory(norm):
     results, kept = [], []
     for use_checkpoint in (False, True):
-        net = small_denoiser(use_checkpoint=use_checkpoint, dropout=0.0)
+        net = small_denoiser(use_checkpoint=use_checkpoint, dropout=0.0, norm=norm)
         torch.manual_seed(1)
         elements = 0
 
@@ -148,6 +226,20 @@ def test_torch_compile():
         x, level, guide = torch.randn(1, 6, 16, 16), torch.tensor([0.5]), torch.randn(1, 3, 16, 16)
         eager = UCDIRDenoiser.forward(net, x, level, guide)
         torch.testing.assert_close(net(x, level, net.guide_features(guide)), eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_torch_compile_of_a_level_with_each_norm(norm):
+    level = _Level(4, 8, True, norm, emb_dim=6)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 6, 6), (2, 6), (2, 8, 6, 6))]
+    wanted = [*inputs, *(p for name, p in level.named_parameters() if ".conv2." not in name)]  # that makes features
+    out = level(*inputs)
+    grads = torch.autograd.grad(out.square().mean(), wanted)
+    level.compile(fullgraph=True, backend="aot_eager")
+    compiled_out = level(*inputs)
+    compiled_grads = torch.autograd.grad(compiled_out.square().mean(), wanted)
+    for a, b in zip((compiled_out, *compiled_grads), (out, *grads)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -196,6 +288,7 @@ def test_predictor_range_is_converted():
         ({"width": 3}, "'type' .* is missing"),
         ({"type": "SIDUnet"}, "there is no arch 'SIDUnet'; did you mean 'SIDUNet'"),
         ({"type": "SIDUNet", "widht": 3}, "unexpected keyword argument 'widht'"),
+        ({"type": "UCDIRDenoiser", "norm": "layer_norm"}, "there is no norm 'layer_norm'; did you mean 'layernorm' or"),
         ({"type": "UCDIRDenoiser", "inner_channel": 12}, "12 channels is no multiple of num_bases 8"),
     ],
 )

@@ -82,6 +82,8 @@ FAULTS = [
     ({"network_g": {"type": "UCDR"}}, "option network_g:type: there is no arch 'UCDR'; did you mean 'UCDIR'"),
     ({"network_g": {"denoiser": {"inner_chanel": 8}}}, "network_g:denoiser:inner_chanel for UCDIRDenoiser; did you mean"),
     ({"network_g": {"denoiser": {"inner_channel": "8"}}}, "network_g:denoiser:inner_channel: .*integer, got '8'"),
+    ({"network_g": {"denoiser": {"norm": "layer_norm"}}}, "option network_g:denoiser:norm: input should be 'layernorm' or 'layernorm2d', got 'layer_norm'"),
+    ({"network_g": {"denoiser": {"mid_attn": "no"}}}, "option network_g:denoiser:mid_attn: .*boolean, got 'no'"),
     ({"network_g": {"denoiser": {"channel_mults": [1, 2.5]}}}, "network_g:denoiser:channel_mults: .*integer"),
     ({"network_g": {"predictor": {"type": "EDSR", "num_fet": 3, "width": None, "levels": None}}}, "network_g:predictor:num_fet for EDSR; .*'num_feat'"),
     ({"network_g": {"predictor": None}}, "option network_g:predictor is missing"),

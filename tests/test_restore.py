@@ -11,39 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_line_error, merged
+from conftest import EDSR, RESTORING, assert_one_line_error, merged
 from PIL import Image
 
 import ucdir_plugin
-from ucdir_plugin import pipeline, restorer
-from ucdir_plugin.errors import UserError
+from ucdir_plugin import imageio, pipeline, restorer
+from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.registry import build_arch
-
-LQ_ONLY = {"name": "val", "type": "PairedRestorationDataset", "dataroot_lq": "photos"}
-OPTIONS = merged(
-    TINY, {"train": None, "datasets": {"train": None, "val": None}, "path": {"pretrain_network_g": "net.pth"}}
-)
-OPTIONS["datasets"] = {"val": LQ_ONLY}
-EDSR = {
-    "name": "edsr",
-    "model_type": "SRModel",
-    "scale": 2,
-    "datasets": {"val": LQ_ONLY},
-    "network_g": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2},
-    "path": {"pretrain_network_g": "edsr.pth"},
-}
-
-
-@pytest.fixture
-def place(workplace, monkeypatch):
-    """Photographs, option files and random weights of both networks."""
-    for options, name, path in ((OPTIONS, "options.yml", "net.pth"), (EDSR, "edsr.yml", "edsr.pth")):
-        torch.manual_seed(1)
-        net = build_arch(options["network_g"])
-        torch.save({"params": net.state_dict(), "params_ema": net.state_dict()}, workplace.folder / path)
-        workplace.write(options, name)
-    monkeypatch.chdir(workplace.folder)
-    return workplace
 
 
 def run(place, *args: str, source: str = "photos", target: str = "out", opt: str = "options.yml"):
@@ -74,6 +48,24 @@ def test_a_folder_is_restored_as_test_py_does(place):
         tested = read(f"results/tiny/visualization/val/{name}_tiny.png")
         np.testing.assert_array_equal(read(f"out/{name}.png"), tested)
         assert np.abs(tested.astype(int) - read(f"photos/{name}.png")).max() > 0
+
+
+def test_patches_of_a_local_network_equal_the_whole_image(place):
+    local = {"attn_res": [], "mid_attn": False, "norm": "layernorm2d"}
+    options = merged(RESTORING, {"network_g": {"denoiser": local}, "path": {"pretrain_network_g": "local.pth"}})
+    torch.save({"params": build_arch(options["network_g"]).state_dict()}, "local.pth")
+    opt = place.write(options, "local.yml")
+    cv2.imwrite("large.png", np.random.default_rng(0).integers(0, 256, (150, 131, 3)))
+    assert run(place, "--tile", "0", source="large.png", opt=opt).returncode == 0
+    record = json.loads(Path("out/large.json").read_text())
+    radius = record["settings"]["receptive_field"]
+    tiles = ("--overlap", str(radius), "--tile", str(2 * radius + 16))
+    assert run(place, *tiles, source="large.png", target="tiled", opt=opt).returncode == 0
+    assert json.loads(Path("tiled/large.json").read_text())["patches"] > 1
+    assert np.abs(read("tiled/large.png").astype(int) - read("out/large.png")).max() <= 1
+    assert (read("tiled/large.png") == read("out/large.png")).mean() > 0.999
+    assert run(place, source="photos/coffee.png", target="other").returncode == 0
+    assert json.loads(Path("other/coffee.json").read_text())["settings"]["receptive_field"] is None
 
 
 def test_the_record_says_how_it_was_made(place):
@@ -300,16 +292,27 @@ def test_nothing_of_the_user_is_overwritten(place):
     assert read("out/coffee.png").shape == (44, 36, 3)
 
 
-def test_nothing_half_written_is_left(place, monkeypatch):
+def test_nothing_half_written_is_left(place, monkeypatch, capsys):
     model = ucdir_plugin.load_model("options.yml")
 
-    def disk_full(path):
-        raise UserError("cannot write out: No space left on device")
+    def disk_full(text, path):
+        raise WriteError("cannot write out: No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_text", lambda text, path: disk_full(path))
-    with pytest.raises(UserError, match="No space left"):
-        pipeline.restore_files(model, "photos", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_text", disk_full)
+        with pytest.raises(WriteError, match="No space left"):
+            pipeline.restore_files(model, "photos", "out")
     assert files("out") == []
+    # A result that is none is the failure of its own image, and the others are restored.
+    photo = imageio.encode_result
+
+    def damaged(image, like, extension):
+        return photo(image * float("nan") if like.pixels.shape[:2] == (44, 36) else image, like, extension)
+
+    monkeypatch.setattr(pipeline.imageio, "encode_result", damaged)
+    assert pipeline.restore_files(model, "photos", "out") == 1
+    assert files("out") == sorted(f"{n}.{e}" for n in ("astronaut", "chelsea") for e in ("json", "png"))
+    assert "failed: coffee.png: the result holds NaN" in capsys.readouterr().err
 
 
 SMALL = {"1x1": (1, 1), "1x7": (1, 7), "prime": (31, 37), "narrow": (2, 61)}
@@ -361,7 +364,7 @@ def test_bad_places_get_one_line(place):
     os.mkdir("bare")
     assert_one_line_error(run(place, source="bare"), "the folder bare holds no image")
     assert_one_line_error(run(place, target="net.pth"), "-o: cannot write in net.pth")
-    assert_one_line_error(run(place, source="photos/coffee.png", target="a.gif"), "a.gif", ".png")
+    assert_one_line_error(run(place, source="photos/coffee.png", target="a.gif"), "written as .gif", ".png")
     assert_one_line_error(run(place, source="net.pth"), "net.pth")
     assert_one_line_error(
         run(place, "--max-pixels", "1000", source="photos/coffee.png"), "coffee.png", "36x44", "--max-pixels"
@@ -369,7 +372,7 @@ def test_bad_places_get_one_line(place):
     assert_one_line_error(run(place, "--model", "nothing"), "nothing is neither an option file")
     assert_one_line_error(run(place, "--model", "nothing.safetensors"), "nothing.safetensors does not exist")
     assert_one_line_error(run(place, "--model", "x.safetensors", "--weights", "net.pth"), "--weights goes with -opt")
-    place.write(merged(OPTIONS, {"path": None}), "options.yml")
+    place.write(merged(RESTORING, {"path": None}), "options.yml")
     assert_one_line_error(run(place), "no weights", "none found in")
 
 

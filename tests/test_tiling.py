@@ -11,13 +11,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser
+from ucdir_plugin import sampling
+from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser, ucdir_arch
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.diffusion import samplers
+from ucdir_plugin.diffusion import samplers, tiling
 from ucdir_plugin.diffusion.noise import normal
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.diffusion.tiling import Grid, per_patch, receptive_field, split, tiled
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.options import SamplingOptions
 
 LEVEL = torch.tensor([0.6])
 
@@ -176,36 +178,39 @@ class Strided(nn.Module):
         return self.up(F.interpolate(y, scale_factor=2.0))[..., :h, :w] + x[:, :3]
 
 
-class LayerNorm2d(nn.Module):
-    def forward(self, x):
-        return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+LOCAL = {
+    "type": "UCDIRDenoiser",
+    "inner_channel": 8,
+    "channel_mults": [1, 2],
+    "res_blocks": 1,
+    "attn_res": [],
+    "mid_attn": False,
+    "norm": "layernorm2d",
+    "num_bases": 4,
+    "dropout": 0.0,
+}
 
 
-def local_denoiser():
-    """UCDIR's denoiser without statistics over positions and without attention."""
-    net = UCDIRDenoiser(inner_channel=8, channel_mults=(1, 2), res_blocks=1, attn_res=(), dropout=0.0).eval()
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.GroupNorm):
-                setattr(module, name, LayerNorm2d())
-            elif name == "attn":
-                setattr(module, name, nn.Identity())
-    return lambda x: net(x[:, :6], LEVEL.expand(len(x)), x[:, 6:])
+def denoiser(**changes):
+    return UCDIRDenoiser(**{k: v for k, v in {**LOCAL, **changes}.items() if k != "type"}).eval()
 
 
-def local(kind):
-    torch.manual_seed(1)
-    return {
-        "convs": (Convs, 3, 1),
-        "strided": (Strided, 3, 2),
-        "sid": (lambda: SIDUNet(width=4, levels=3).eval(), 3, 4),
-        "ucdir": (local_denoiser, 9, 2),
-    }[kind]
+def joined(net):
+    """Of one input: the lq image, x_t and the guide."""
+    return lambda x: net(x[:, :6], LEVEL.to(x).expand(len(x)), x[:, 6:])
 
 
 def build(kind):
-    make, channels, stride = local(kind)
-    return make(), channels, stride
+    torch.manual_seed(1)
+    released = {"released_padding": kind.endswith("released")}
+    make, channels = {
+        "convs": (lambda: (Convs(), 1), 3),
+        "strided": (lambda: (Strided(), 2), 3),
+        "sid": (lambda: (net := SIDUNet(width=4, levels=3, **released).eval(), net.stride), 3),
+        "ucdir": (lambda: (joined(net := denoiser(**released)), net.stride), 9),
+    }[kind.split("_")[0]]
+    net, stride = make()
+    return net, channels, stride
 
 
 @pytest.mark.parametrize("size", [(97, 131), (64, 79), (83, 23)])
@@ -221,6 +226,63 @@ def test_tiled_equals_whole(kind, size):
         torch.testing.assert_close(tiled(net, grid, x, tile_batch=tile_batch), whole, rtol=0, atol=1e-5)
     less = tiled(net, Grid.aligned(*size, 2 * radius + 16, 0, stride), x)
     assert (less - whole).abs().max() > 1e-3  # the overlap is what does it
+
+
+@pytest.mark.parametrize("kind", ["sid_released", "ucdir_released"])
+def test_tiled_equals_whole_with_the_padding_of_the_release(kind):
+    """To multiples of 32, at which patches then have to start, whatever the number of levels."""
+    net, channels, stride = build(kind)
+    assert stride == 32
+    x = normal((1, channels, 159, 127), "image")  # padded by one pixel
+    grid = Grid.aligned(159, 127, 96, 30, stride)
+    assert len(grid.tiles) > 1
+    torch.testing.assert_close(tiled(net, grid, x), net(x), rtol=0, atol=1e-5)
+    misaligned = Grid.aligned(159, 127, 84, 30, 4)
+    assert (tiled(net, misaligned, x) - net(x)).abs().max() > 1e-3
+
+
+def pair():
+    torch.manual_seed(1)
+    return UCDIR(denoiser=LOCAL, predictor={"type": "SIDUNet", "width": 4, "levels": 3}).eval()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_restoring_in_patches_equals_restoring_the_whole(sampler):
+    net, size = pair(), (99, 141)
+    radius = net.denoise_fn.receptive_field
+    lq = normal((2, 3, *size), "lq").clamp(-1, 1)
+    schedule = NoiseSchedule.linear(100, 1e-4, 0.1)
+
+    def restore(**tiles):
+        options = SamplingOptions(sampler=sampler, steps=4, **tiles)
+        assert (sampling.plan(net, *size, options).patches > 1) == bool(tiles)
+        return sampling.restore(net, lq, schedule, options, sampling.image_noise(0, ("a", "b")))
+
+    initial, whole = restore()
+    assert (whole - initial).std() > 0.1
+    exact = {"tile": 2 * radius + 30, "overlap": radius}
+    for tile_batch in (1, 3):
+        in_patches = restore(**exact, tile_batch=tile_batch)
+        torch.testing.assert_close(in_patches[0], initial, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_patches[1], whole, rtol=0, atol=1e-5)
+    assert torch.equal(restore(**exact, tile_batch=3, cache_mb=0)[1], in_patches[1])  # nothing kept between steps
+    less = restore(tile=exact["tile"], overlap=radius // 5)
+    torch.testing.assert_close(less[0], initial, rtol=0, atol=1e-5)  # the predictor has an overlap of its own
+    assert (less[1] - whole).abs().max() > 1e-3
+
+
+def test_blending_is_exact_where_one_patch_gives_the_result_and_only_there():
+    """It makes use of what dropping drops: of what a patch knows too little of."""
+    net, channels, stride = build("ucdir")
+    x = normal((1, channels, 99, 141), "image")
+    grid = Grid.aligned(99, 141, 90, 30, stride)
+    several = torch.zeros(99, 141)
+    for row, column in grid.tiles:
+        several[row.start : row.stop, column.start : column.stop] += 1
+    error = (tiled(net, grid, x, merge="blend") - net(x)).abs().amax((0, 1))
+    assert several.max() > 1
+    assert error[several == 1].max() < 1e-5
+    assert error[several > 1].max() > 1e-3
 
 
 def test_alignment_matters():
@@ -255,6 +317,45 @@ def test_receptive_field_of_the_predictor(levels, size):
     assert receptive_field(net, 3, stride, limit=radius - 1) is None
 
 
+@pytest.mark.parametrize("levels, res_blocks, size", [(1, 1, 40), (1, 2, 40), (2, 1, 80), (3, 1, 160)])
+def test_receptive_field_of_the_denoiser(levels, res_blocks, size):
+    net = denoiser(channel_mults=[1, 2, 1][:levels], res_blocks=res_blocks).double()
+    assert net.receptive_field == by_perturbation(joined(net), 9, net.stride, size)
+    guide_only = by_perturbation(lambda x: net(torch.ones(1, 6, size, size).to(x), guide=x), 3, net.stride, size)
+    assert 0 < guide_only <= net.receptive_field
+
+
+def test_receptive_field_of_deep_denoisers():
+    """Beyond the limit of the general function; and its own bound is one."""
+    assert denoiser(channel_mults=[1] * 5, res_blocks=2).receptive_field == 410  # the depth of the release
+    assert denoiser(channel_mults=[1] * 6, res_blocks=3).receptive_field > 1024
+    for levels in (1, 2, 3, 4):
+        for res_blocks in (1, 3, 6):
+            assert denoiser(channel_mults=[1] * levels, res_blocks=res_blocks).receptive_field
+
+
+def test_receptive_field_of_the_denoiser_is_measured_once_without_a_trace():
+    net = denoiser(channel_mults=[1, 1])
+    ucdir_arch._receptive_field.cache_clear()
+    state = torch.get_rng_state()
+    radius = net.receptive_field
+    assert torch.equal(torch.get_rng_state(), state)
+    net = denoiser(
+        channel_mults=[2, 1], norm="layernorm2d", attn_res=[5], released_padding=True
+    )  # no level of 5 pixels
+    assert net.receptive_field == radius
+    assert ucdir_arch._receptive_field.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("changes", [{"norm": "layernorm"}, {"mid_attn": True}, {"attn_res": [64]}])
+def test_global_denoisers_have_no_receptive_field(changes, monkeypatch):
+    monkeypatch.setattr(tiling, "receptive_field", None)  # nor is there anything to measure
+    net = denoiser(**changes)
+    assert net.receptive_field is None
+    monkeypatch.undo()
+    assert receptive_field(joined(net), 9, 2, limit=100) is None
+
+
 def test_receptive_field_known_by_hand():
     assert receptive_field(nn.Conv2d(1, 1, 1), 1) == 0
     assert receptive_field(nn.Conv2d(2, 1, 7, padding=3), 2) == 3
@@ -264,6 +365,14 @@ def test_receptive_field_known_by_hand():
     assert receptive_field(lambda x: F.pad(x, (0, 5, 0, 0))[..., 5:], 1) == 5  # looks to one side only
     assert receptive_field(lambda x: F.pad(x, (0, 0, 6, 0))[..., :-6, :], 1) == 6
     assert receptive_field(SIDUNet(width=2).eval(), 3, 16) == 94  # the released predictor's
+    for start in (1, 3, 20, 21, 500):
+        assert receptive_field(nn.Conv2d(1, 1, 41, padding=20), 1, start=start) == 20
+        assert receptive_field(nn.Conv2d(1, 1, 41, padding=20), 1, limit=20, start=start) == 20
+        assert receptive_field(nn.Conv2d(1, 1, 41, padding=20), 1, limit=19, start=start) is None
+    for scale in (2, 3):  # in pixels of the input
+        net = nn.Sequential(nn.Conv2d(1, scale**2, 5, padding=2), nn.PixelShuffle(scale))
+        assert receptive_field(net, 1) == 2
+        assert receptive_field(nn.Sequential(net, nn.Conv2d(1, 1, 3, padding=1)), 1) == 3
 
 
 @pytest.mark.parametrize("layer", [nn.GroupNorm(1, 4), nn.AdaptiveAvgPool2d(1)])
@@ -360,10 +469,87 @@ def test_inputs_that_do_not_fit():
         tiled(lambda x: x, grid, x, merge="mean")
     with pytest.raises(UserError, match="tile_batch must be at least 1, got 0"):
         tiled(lambda x: x, grid, x, tile_batch=0)
-    with pytest.raises(UserError, match="turns a patch of 19x19 into 38x38: .*scale 1"):
-        tiled(lambda x: F.interpolate(x, scale_factor=2.0), grid, x)
     with pytest.raises(ValueError, match="one image at a time, got 2"):
         per_patch(lambda number, x: x, grid, (x,))
+
+
+# Networks that enlarge
+
+
+def enlarging(scale):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 2 * scale**2, 5, padding=2), nn.PixelShuffle(scale)
+    )
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+@pytest.mark.parametrize("size", [(50, 71), (1, 64)])
+def test_patches_of_a_network_that_enlarges(scale, size):
+    net, x = enlarging(scale), normal((2, 3, *size), "enlarged")
+    whole = net(x)
+    assert whole.shape[1:] == (2, scale * size[0], scale * size[1])
+    for tile_batch in (1, 4):
+        grid = Grid.aligned(*size, 24, 3)
+        assert len(grid.tiles) > 1
+        torch.testing.assert_close(tiled(net, grid, x, tile_batch=tile_batch), whole, rtol=0, atol=1e-5)
+    assert (tiled(net, Grid.aligned(*size, 24, 0), x) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+@pytest.mark.parametrize("merge", ["drop", "blend"])
+@pytest.mark.parametrize("size", [(50, 71), (13, 7)])
+def test_merging_what_was_split_and_enlarged(scale, merge, size):
+    """What each pixel becomes does not depend on the patch, so that all grids and windows must give the same."""
+    enlarge = lambda x: F.interpolate(x, scale_factor=scale, mode="nearest")  # noqa: E731
+    x = normal((2, 3, *size), "merge")
+    for grid in (Grid.aligned(*size, 24, 5, 2), Grid.aligned(*size, 24, 0, 2), Grid.released(*size, 24, 11)):
+        out = tiled(enlarge, grid, x, tile_batch=2, merge=merge)
+        torch.testing.assert_close(out, enlarge(x), rtol=0, atol=0 if merge == "drop" else 1e-5)
+
+
+def test_blending_is_as_smooth_where_patches_are_enlarged():
+    def result(scale):
+        values = iter(range(100))
+        paint = lambda x: torch.full((1, 1, scale * 8, scale * x.shape[-1]), next(values))  # noqa: E731
+        return tiled(paint, Grid.aligned(8, 100, 40, 10), torch.zeros(1, 1, 8, 100), merge="blend")[0, 0, 0]
+
+    assert result(4).diff().max() < 0.16 / 4  # the same ramps, over four times as many pixels
+    torch.testing.assert_close(result(3)[1::3], result(1))  # the middle of three has its parent's weight
+
+
+@pytest.mark.parametrize(
+    "change, size",
+    [
+        (lambda x: F.interpolate(x, scale_factor=(2.0, 1.0)), "38x19"),
+        (lambda x: F.interpolate(x, scale_factor=(1.0, 2.0)), "19x38"),
+        (lambda x: F.interpolate(x, scale_factor=1.5), "28x28"),
+        (lambda x: F.interpolate(x, scale_factor=0.5), "9x9"),
+        (lambda x: x[..., 1:, :], "18x19"),
+        (lambda x: x[..., :0, :0], "0x0"),
+    ],
+)
+def test_patches_may_only_be_enlarged_by_a_whole_factor(change, size):
+    x, made = torch.zeros(1, 3, 30, 30), []
+    with pytest.raises(UserError, match=f"turns a patch of 19x19 into {size}: .* by one whole factor"):
+        tiled(change, Grid.aligned(30, 30, 20, 4), x, empty=made.append)
+    assert not made
+
+
+def test_all_patches_must_be_enlarged_alike():
+    factors = iter((2, 2, 3))
+    with pytest.raises(UserError, match="turns a patch of 19x19 into 57x57: .* by one whole factor"):
+        tiled(
+            lambda x: F.interpolate(x, scale_factor=next(factors)),
+            Grid.aligned(30, 30, 20, 4),
+            torch.zeros(1, 3, 30, 30),
+        )
+
+
+def test_a_denoiser_must_keep_the_size():
+    denoise = split(lambda x, level: F.interpolate(x, scale_factor=2.0), Grid.aligned(30, 30, 20, 4))
+    with pytest.raises(UserError, match="turns a patch of 19x19 into 38x38: .*scale 1"):
+        denoise(torch.zeros(1, 3, 30, 30), LEVEL)
 
 
 def test_result_has_the_dtype_of_the_image():

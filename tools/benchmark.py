@@ -4,7 +4,7 @@ python tools/benchmark.py akgm         AKGM against a plain convolution
 python tools/benchmark.py forward      sampling with the released SID network against the release's formulation
 python tools/benchmark.py train        training steps
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
-python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; quality over samplers and steps
+python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
 """
 
 import argparse
@@ -29,11 +29,12 @@ def parse_args() -> argparse.Namespace:
     restore = what.add_parser("restore", parents=[common])
     restore.add_argument("-opt", required=True, metavar="FILE.yml", help="option file of a UCDIR network")
     restore.add_argument("--weights", metavar="FILE", help="default: what the option file trained last")
-    restore.add_argument("--only", choices=["growth", "quality"], help="one of the two tables")
-    restore.add_argument("--tile", type=int, default=512, help="growth: longest side of a patch (default: %(default)s)")
-    restore.add_argument("--overlap", type=int, default=32, help="growth: overlap of patches (default: %(default)s)")
+    restore.add_argument("--only", choices=["growth", "quality", "seams"], help="one of the three tables")
+    restore.add_argument("--tile", type=int, help="longest side of a patch (default: growth 512, seams 128)")
+    restore.add_argument("--overlap", type=int, help="overlap of patches (default: growth 32, seams 16)")
     restore.add_argument("--samplers", nargs="+", metavar="NAME[:SPACING]", help="quality: of these (default: all)")
     restore.add_argument("--seeds", type=int, default=1, help="quality: mean over so many seeds (default: %(default)s)")
+    restore.add_argument("--figure", metavar="FILE.png", help="seams: patches on their own, inter-step, whole")
     return parser.parse_args()
 
 
@@ -62,7 +63,7 @@ def main() -> int:
         }[args.what]()
     for result in results:
         print(benchmark.table(result), flush=True)
-    if figure:
+    if figure and args.what == "complexity":
         benchmark.draw_complexity(results[0], figure)
     return 0
 
@@ -72,12 +73,13 @@ def restore(args: argparse.Namespace) -> list:
     from ucdir_plugin.diffusion.samplers import SAMPLERS
 
     at_least_one(seeds=args.seeds)
-    results = []
-    if args.only != "quality":
-        results += benchmark_restore.growth(args.opt, args.weights, args.tile, args.overlap, args.repeats)
-    if args.only != "growth":
-        results += benchmark_restore.quality(args.opt, args.weights, args.samplers or list(SAMPLERS), args.seeds)
-    return results
+    tile, overlap, source = args.tile, args.overlap, (args.opt, args.weights)
+    parts = {
+        "growth": lambda: benchmark_restore.growth(*source, tile or 512, overlap or 32, args.repeats),
+        "quality": lambda: benchmark_restore.quality(*source, args.samplers or list(SAMPLERS), args.seeds),
+        "seams": lambda: benchmark_restore.seams(*source, tile or 128, overlap or 16, args.figure),
+    }
+    return [table for name, part in parts.items() if args.only in (None, name) for table in part()]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""What restoring costs: memory and time over the image's size, and quality over samplers and steps."""
+"""What restoring costs and gives: memory and time over the image's size, quality over samplers and steps, seams."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from basicsr.data import build_dataset
 from basicsr.utils import tensor2img
 
 from ucdir_plugin import report
 from ucdir_plugin.benchmark import alternate, peak_memory, result
+from ucdir_plugin.diffusion.tiling import Grid
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import measure
+from ucdir_plugin.metrics.seams import seam_score
 from ucdir_plugin.options import load_options
 from ucdir_plugin.restorer import Restorer, load_model
+from ucdir_plugin.validation import write_image
 
 SIZES = ((512, 512), (1024, 1024), (1416, 2120), (3000, 4000))
 """Height and width: 0.26, 1, 3 and 12 megapixels."""
@@ -48,8 +52,6 @@ def _restoring(model: Restorer, height: int, width: int) -> Callable[[], Any]:
 def growth(opt: str, weights: Optional[str], tile: int, overlap: int, repeats: int) -> List[dict]:
     """Memory and seconds of two ddpm steps at four sizes with patches of one size."""
     model = load_model(opt, weights, sampling={"sampler": "ddpm", "steps": 2, "tile": tile, "overlap": overlap})
-    if not model.diffusion:
-        raise UserError(f"{opt}: the benchmark of restoring is for networks with diffusion")
     seconds = alternate({str(size): _restoring(model, *size) for size in SIZES}, repeats)
     rows = []
     for height, width in SIZES:
@@ -77,6 +79,15 @@ def growth(opt: str, weights: Optional[str], tile: int, overlap: int, repeats: i
     return [result(title, rows)]
 
 
+def _validation(options: dict, opt: str) -> Tuple[str, List[Dict[str, Any]]]:
+    """Name and samples of the first validation or test set."""
+    for phase, data in options["datasets"].items():
+        if phase.startswith(("val", "test")):
+            dataset = build_dataset({**data, "phase": phase.split("_")[0], "scale": options["scale"]})
+            return data["name"], list(dataset)
+    raise UserError(f"{opt}: option datasets: there is no val or test dataset to measure on")
+
+
 def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -> List[dict]:
     """Metrics of the option file's validation set for each sampler and number of steps.
 
@@ -85,11 +96,10 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         seeds: means are taken over the seeds 0 .. seeds - 1.
     """
     options = load_options(opt, is_train=False)
-    metrics = options["val"].get("metrics") or {}
-    phase, data = next(((p, d) for p, d in options["datasets"].items() if p.startswith(("val", "test"))), (None, None))
-    if data is None or not metrics:
-        raise UserError(f"{opt}: a val dataset and val:metrics are needed to measure quality")
-    samples = list(build_dataset({**data, "phase": phase.split("_")[0], "scale": options["scale"]}))
+    metrics = options["val"].get("metrics")
+    if not metrics:
+        raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
+    dataset, samples = _validation(options, opt)
 
     def means(rows: List[report.Row]) -> Dict[str, Any]:
         return {k: None if v is None else round(v, 3) for k, v in report.means(rows)["of"].items()}
@@ -117,5 +127,36 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         nfe = model.plan(*samples[0]["lq"].shape[-2:]).nfe
         took = round(statistics.median(seconds), 2)
         rows.append({"sampler": name, "steps": steps, "NFE": nfe, "s per image": took, **means(found)})
-    where = f"{data['name']}, {len(samples)} images, {seeds} seed{'s' * (seeds > 1)}, weights {model.about['weights']}"
+    where = f"{dataset}, {len(samples)} images, {seeds} seed{'s' * (seeds > 1)}, weights {model.about['weights']}"
     return [result(f"quality over sampler and steps: {where}", rows)]
+
+
+def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Optional[str]) -> List[dict]:
+    """Seam scores of the validation images for whole images, inter-step patch splitting and patches on their own.
+
+    Args:
+        figure: a PNG of the first image around its first crossing of borders, each way, twice as large.
+    """
+    patches = {"tile": tile, "overlap": overlap}
+    ways = {"per patch": {"split": "per_patch", **patches}, "inter-step": patches, "whole": {"tile": 0}}
+    models = {name: load_model(opt, weights, sampling=way) for name, way in ways.items()}
+    samples = _validation(load_options(opt, is_train=False), opt)[1]
+    scores: Dict[str, List[float]] = {name: [] for name in ["truth", *ways]}
+    pictures = []
+    for sample in samples:
+        grid = Grid.aligned(*sample["lq"].shape[-2:], tile, overlap, models["inter-step"].net.denoise_fn.stride)
+        images = {"truth": sample["gt"]}
+        for name, model in models.items():
+            (images[name],) = model.run(sample["lq"].unsqueeze(0).clone(), sample["key"]).samples
+        arrays = {name: tensor2img(image) for name, image in images.items()}
+        for name, array in arrays.items():
+            scores[name].append(seam_score(array, *grid.borders))
+        if not pictures:
+            top, left = (max(0, borders[0] - 64) for borders in grid.borders)
+            crops = [arrays[name][top : top + 128, left : left + 128] for name in ways]
+            pictures = [np.kron(crop, np.ones((2, 2, 1), np.uint8)) for crop in crops]
+    if figure:
+        write_image(report.side_by_side(pictures), figure)
+    rows = [{"way": name, **{s["key"]: round(v, 3) for s, v in zip(samples, of)}} for name, of in scores.items()]
+    title = f"seam score at the borders of patches of {tile} with overlap {overlap}; 1: no seam shows"
+    return [result(title, rows)]

@@ -32,6 +32,10 @@ class NotMeasurable(ValueError):
     """A metric has no value for this image (too small, constant, ...); the message says why."""
 
 
+class WriteError(UserError):
+    """A file cannot be written: what follows could not be either."""
+
+
 def at_least_one(**values: int) -> None:
     """
     Raises:

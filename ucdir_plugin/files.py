@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from typing import BinaryIO, Iterator
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import WriteError
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.checkpoint.remove_leftovers`).
 
     Raises:
-        UserError: if it cannot be written; names the path, the reason and the free space.
+        WriteError: if it cannot be written; names the path, the reason and the free space.
     """
     path = os.path.abspath(os.fspath(path))
     folder, name = os.path.split(path)
@@ -33,7 +33,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as err:  # RuntimeError: torch.save's, where the disk is full
         free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free" if os.path.isdir(folder) else "no such folder"
         reason = getattr(err, "strerror", None) or "writing failed"
-        raise UserError(f"cannot write {path}: {reason} ({free})") from err
+        raise WriteError(f"cannot write {path}: {reason} ({free})") from err
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -43,7 +43,7 @@ def write_atomically(content: bytes, path: str | os.PathLike) -> None:
     """Write ``content`` by :func:`atomic_write`.
 
     Raises:
-        UserError: if it cannot be written.
+        WriteError: if it cannot be written.
     """
     with atomic_write(path) as file:
         file.write(content)

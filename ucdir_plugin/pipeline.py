@@ -15,11 +15,12 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from ucdir_plugin import imageio, memory
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
@@ -41,7 +42,7 @@ class Job(NamedTuple):
     size: Tuple[int, int]
 
 
-def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dict[str, str], str]:
+def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]:
     """What there is to do.
 
     Args:
@@ -49,7 +50,7 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
         target: a folder; for one image also a file with an image's extension.
 
     Returns:
-        jobs; key -> reason of images that cannot be read or are too large; extension of the results.
+        jobs; key -> reason of images that cannot be read; extension of the results.
 
     Raises:
         UserError: if there is no image, or no place for results.
@@ -66,7 +67,8 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
         raise UserError(f"-i {source} does not exist")
     stems = [os.path.join(target, stem) for stem in _stems(keys)]
     if os.path.isfile(source) and os.path.splitext(target)[1] and not os.path.isdir(target):
-        extension = imageio.check_extension(target)
+        extension = os.path.splitext(target)[1]
+        imageio.check_output(extension)
         stems = [os.path.splitext(target)[0]]
     if os.path.isfile(source) and os.path.realpath(f"{stems[0]}{extension}") == os.path.realpath(source):
         raise UserError(f"-o {target} would overwrite the input: name another one")
@@ -74,7 +76,7 @@ def find_jobs(source: str, target: str, max_pixels: int) -> Tuple[List[Job], Dic
     for key, stem in zip(keys, stems):
         path = os.path.join(root, key)
         try:
-            jobs.append(Job(key, path, stem, imageio.checked_size(path, max_pixels)))
+            jobs.append(Job(key, path, stem, imageio.image_size(path)))
         except UserError as err:
             unreadable[key] = str(err)
     return jobs, unreadable, extension
@@ -113,21 +115,33 @@ class _Results:
         self.job, self.extension = job, extension
         self.folder, self.name = os.path.split(job.stem)
         self.hidden: Dict[str, str] = {}
+        self.fault: Optional[Exception] = None
+        self.finished = False
 
     def write(self, image: torch.Tensor, photo: imageio.Photo, suffix: str = "") -> None:
-        """(1, 3, H, W) in [0, 1] up to overshoot, as NAME + suffix."""
+        """(1, 3, H, W) in [0, 1], as NAME + suffix. What is wrong with the image itself becomes ``fault``."""
         name = f"{self.name}{suffix}{self.extension}"
+        try:
+            content = imageio.encode_result(image[0], photo, self.extension)
+        except (UserError, MemoryError) as err:
+            self.fault = err
+            return
         self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
-        write_atomically(imageio.encode_result(image[0], photo, self.extension), self.hidden[name])
+        write_atomically(content, self.hidden[name])
 
-    def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]]) -> None:
+    def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]], say: Callable[[str], None]) -> None:
+        if self.fault is not None:
+            return
         record = {"input": self.job.key, "outputs": list(self.hidden), **record}
         write_text(json.dumps(record, indent=1), f"{self.job.stem}.json")
-        for name in [*self.hidden]:
+        for name in record["outputs"]:
             os.replace(self.hidden.pop(name), os.path.join(self.folder, name))
         for name in set(earlier["outputs"] if earlier else ()) - set(record["outputs"]):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, os.path.basename(name)))
+        self.finished = True
+        main = next((name for name in record["outputs"] if "_mean." in name), record["outputs"][0])
+        say(f"{self.job.key} -> {os.path.join(self.folder, main)}  {record['seconds']:.1f} s")
 
     def remove_unfinished(self) -> None:
         for path in self.hidden.values():
@@ -207,48 +221,48 @@ def restore_files(
         UserError: if nothing could be restored, or results cannot be written.
     """
     model.check(samples, blend)
-    jobs, failed, extension = find_jobs(source, target, max_pixels)
+    jobs, failed, extension = find_jobs(source, target)
     if not jobs:
         _give_up(source, failed)
     _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
+    if scratch is not None and model.device.type != "cpu":
+        raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
     settings = model.settings(seed, samples, blend)
     records = {job: read_record(job.stem) for job in jobs}
     skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
     todo = [job for job in jobs if job not in set(skipped)]
-    bar = _Bar(sum(model.plan(*job.size).pixels for job in todo) * samples * bool(blend))
+    counted = [job for job in todo if job.size[0] * job.size[1] <= max_pixels]
+    bar = _Bar(sum(model.plan(*job.size).pixels for job in counted) * samples * bool(blend))
     writer = _Writer()
-    unfinished: List[_Results] = []
-    done = 0
+    every: List[_Results] = []
     try:
         for number, job in enumerate(todo, 1):
             bar.image(number, len(todo), job.key)
             results = _Results(job, extension)
-            unfinished.append(results)
+            every.append(results)
             try:
                 if not overwrite:
                     _keep_foreign(results, records[job], samples)
                 record = _restore_one(model, job, results, writer, bar, seed, samples, blend, max_pixels, empty)
+            except WriteError:
+                raise
             except (UserError, RuntimeError, MemoryError, ValueError) as err:
-                if isinstance(err, UserError) and "cannot write" in str(err):
-                    raise
-                failed[job.key] = _reason(err)
-                bar.say(f"{job.key}: failed")
-                continue
-            writer.submit(results.finish, {**record, "settings": settings}, records[job])
-            done += 1
-            bar.say(f"{job.key} -> {job.stem}{'_mean' if samples > 1 else ''}{extension}  {record['seconds']:.1f} s")
+                results.fault = err
+            else:
+                writer.submit(results.finish, {**record, "settings": settings}, records[job], bar.say)
         writer.wait()
     finally:
         writer.pool.shutdown()
-        for results in unfinished:
+        for results in every:
             results.remove_unfinished()
         bar.bar.close()
+    failed.update((results.job.key, _reason(results.fault)) for results in every if results.fault is not None)
     if skipped:
         note = f", {otherwise} of them with other settings" if otherwise else ""
         print(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
-    if failed and not done and not skipped:
+    if failed and not skipped and not any(results.finished for results in every):
         _give_up(source, failed)
     for key, reason in failed.items():
         print(f"failed: {key}: {reason}", file=sys.stderr)
@@ -273,9 +287,11 @@ def _restore_one(
     if empty is torch.empty and model.device.type == "cpu":
         _check_memory(model, job, samples)
     photo = imageio.read_photo(job.path, max_pixels)
+    imageio.check_output(results.extension, photo, model.scale)
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
-    photo.pixels = photo.pixels[:0]  # only its kind is still needed
+    # Of the pixels only shape and type are still needed.
+    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1], photo.pixels.shape))
     drawn = model.run(
         lq,
         job.key,

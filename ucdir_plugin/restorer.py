@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError, at_least_one
-from ucdir_plugin.options import SamplingOptions, load_options, sampling_options
+from ucdir_plugin.options import SamplingOptions, ScheduleOptions, load_options, sampling_options
 from ucdir_plugin.registry import build_arch
 
 TILE = 1024
@@ -38,7 +39,7 @@ _ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 
 
 class Drawn(NamedTuple):
-    """An image at the model: (1, 3, H * scale, W * scale) in [0, 1] up to overshoot, on the model's device.
+    """An image at the model: (1, 3, H * scale, W * scale) in [0, 1], on the model's device.
 
     Attributes:
         initial: gives the initial prediction, None without diffusion.
@@ -146,7 +147,7 @@ class Restorer:
         self.check(samples, blend)
         lq = lq.to(self.device)
         if not self.diffusion:
-            return Drawn(lambda: None, (self._one_pass(lq, empty, progress) for _ in range(1)))
+            return Drawn(lambda: None, (self._one_pass(lq, empty, progress).clamp_(0, 1) for _ in range(1)))
         images = sampling.Conditioned(
             self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress
         )
@@ -155,9 +156,9 @@ class Restorer:
         def draw() -> Iterator[torch.Tensor]:
             for number in range(samples):
                 noise = sampling.image_noise(seed, [key], self.device, number, empty)
-                yield images.sample(noise, callback, blend).add_(1).div_(2)
+                yield images.sample(noise, callback, blend).add_(1).div_(2).clamp_(0, 1)
 
-        return Drawn(lambda: images.initial.add(1).div_(2), draw())
+        return Drawn(lambda: images.initial.add(1).div_(2).clamp_(0, 1), draw())
 
     def _one_pass(
         self, lq: torch.Tensor, empty: Callable[..., torch.Tensor], progress: Optional[sampling.Progress]
@@ -280,17 +281,18 @@ def load_model(
     if opt.get("compile"):
         net.compile_networks()
     diffusion = isinstance(net, UCDIR)
-    schedule, timesteps = None, opt.get("diffusion", {}).get("timesteps", 1)
-    if diffusion:
-        schedule = NoiseSchedule.linear(timesteps, opt["diffusion"]["start"], opt["diffusion"]["end"])
+    training = ScheduleOptions(**opt.get("diffusion", {}))
+    schedule = NoiseSchedule.linear(training.timesteps, training.start, training.end) if diffusion else None
     about = {
         "model": opt["name"],
         "network": type(net).__name__,
         "weights": os.path.basename(weights_file),
         "weights_key": key,
         "weights_sha256": sha256(weights_file),
+        # The overlap from which on patches equal the whole image; None: the network looks at all of it.
+        "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
-    options = _sampling(opt, dict(sampling or {}), dtype, diffusion, timesteps, type(net).__name__)
+    options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training.timesteps, type(net).__name__)
     return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about, notes)
 
 
@@ -357,6 +359,30 @@ class Moments:
         return (self._squares.mean(1, keepdim=True) / max(self.count - 1, 1)).sqrt_()
 
 
+def _photo_of(array: np.ndarray) -> imageio.Photo:
+    """
+    Raises:
+        UserError: if it is no image.
+    """
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not array.size:
+        raise UserError(f"an array of shape {array.shape} is no image: (H, W, 3) RGB or (H, W) gray is expected")
+    if array.dtype.kind == "f":
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"a floating-point image is in [0, 1], this one in [{low:g}, {high:g}]")
+        array = array.astype(np.float32)
+    elif array.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"an image of type {array.dtype} has no known range: take uint8, uint16, or float in [0, 1]")
+    gray = array.ndim == 2
+    return imageio.Photo(np.repeat(array[..., None], 3, 2) if gray else array, gray=gray)
+
+
+def _to_array(image: torch.Tensor, gray: bool) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> (H, W, 3) in [0, 1], or (H, W) luma (BT.601)."""
+    array = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    return cv2.cvtColor(array, cv2.COLOR_RGB2GRAY) if gray else array
+
+
 def restore(
     image: Union[str, os.PathLike, np.ndarray],
     model: Restorer,
@@ -380,7 +406,7 @@ def restore(
         UserError: one line that names what is wrong with the image or an argument.
     """
     if isinstance(image, np.ndarray):
-        photo = imageio.photo_of(image)
+        photo = _photo_of(image)
     else:
         photo = imageio.read_photo(os.fspath(image), max_pixels)
         key = os.path.basename(image) if key is None else key
@@ -391,7 +417,7 @@ def restore(
     moments, found = Moments(), []
     for result in drawn.samples:
         moments.add(result)
-        found.append(imageio.to_array(result[0], photo.gray))
+        found.append(_to_array(result[0], photo.gray))
     info = {
         "settings": model.settings(seed, samples, blend),
         **cost(model, height, width, samples, blend),
@@ -402,8 +428,8 @@ def restore(
     }
     initial = drawn.initial()
     return Restored(
-        imageio.to_array(moments.mean[0], photo.gray),
-        None if initial is None else imageio.to_array(initial[0], photo.gray),
+        _to_array(moments.mean[0], photo.gray),
+        None if initial is None else _to_array(initial[0], photo.gray),
         found,
         moments.spread[0, 0].cpu().numpy() if samples > 1 else None,
         info,

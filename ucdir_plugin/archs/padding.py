@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 
 
+def network_stride(levels: int, released_padding: bool) -> int:
+    """Total stride of a U-Net, and what it pads its images to multiples of: at least 32 in UCDIR's release."""
+    stride = 2 ** (levels - 1)
+    return max(stride, 32) if released_padding else stride
+
+
 def pad_to_multiple(x: torch.Tensor, multiple: int, always: bool = False) -> torch.Tensor:
     """Pad right and bottom to the next multiple, by reflection (where the image is too small, by repeating the edge).
 

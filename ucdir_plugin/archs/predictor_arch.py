@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.archs.padding import network_stride, pad_to_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import register
@@ -65,7 +65,8 @@ class SIDUNet(nn.Module):
 
     @property
     def stride(self) -> int:
-        return 2 ** (self.levels - 1)
+        """Patches that start at its multiples see the image as the whole does."""
+        return network_stride(self.levels, self.released_padding)
 
     @property
     def receptive_field(self) -> int:
@@ -83,7 +84,7 @@ class SIDUNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        padded = pad_to_multiple(x, 32, always=True) if self.released_padding else pad_to_multiple(x, self.stride)
+        padded = pad_to_multiple(x, self.stride, always=self.released_padding)
         skips = [self._pair(1, padded)]
         for i in range(2, self.levels + 1):
             skips.append(self._pair(i, F.max_pool2d(skips[-1], 2)))
@@ -96,5 +97,6 @@ class SIDUNet(nn.Module):
 
 @functools.cache
 def _receptive_field(levels: int) -> int:
-    net = SIDUNet(width=1, levels=levels).eval()  # it does not depend on the width
+    with torch.random.fork_rng(devices=[]):
+        net = SIDUNet(width=1, levels=levels).eval()  # it does not depend on the width
     return tiling.receptive_field(net, 3, net.stride)

@@ -5,9 +5,10 @@ Paper: A Unified Conditional Framework for Diffusion-based Image Restoration (Zh
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import Any, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Literal, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.akgm import adaptive_kernel_conv
-from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.archs.padding import network_stride, pad_to_multiple
+from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import diffuse
-from ucdir_plugin.errors import UserError, at_least_one
+from ucdir_plugin.errors import UserError, at_least_one, did_you_mean
 from ucdir_plugin.registry import build_arch, register
 
 
@@ -43,29 +45,65 @@ class SimpleGate(nn.Module):
         return a * b
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm of each position over its channels (NAFNet): (B, C, H, W) -> the same, channels-last in memory."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # of channels-last, a view
+
+
+Norm = Literal["layernorm", "layernorm2d"]
+
+NORMS: Dict[str, Callable[[int], nn.Module]] = {
+    "layernorm": lambda channels: nn.GroupNorm(1, channels),  # the release: statistics over channels and positions
+    "layernorm2d": LayerNorm2d,
+}
+
+
+def make_norm(name: Norm, channels: int) -> nn.Module:
+    """A normalisation of (B, channels, H, W), by its name in the options.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in NORMS:
+        raise UserError(f"there is no norm {name!r}; {did_you_mean(name, NORMS)}")
+    return NORMS[name](channels)
+
+
 class AKGBlock(nn.Module):
     """Adaptive Kernel Guidance block: norm, 3x3 conv, Swish, norm, AKGM, Swish, plus shortcut (paper, figure 1 right).
-
-    "LayerNorm" is a GroupNorm with one group: its statistics run over channels and positions.
 
     Args:
         channels, out_channels: widths; ``out_channels`` must be a multiple of ``num_bases``.
         emb_dim: width of the scalar condition's embedding.
         guide_channel: channels of the spatial guide.
         num_bases: kernel bases N.
+        norm: as of :class:`UCDIRDenoiser`.
 
     Shape:
         x (B, channels, H, W), emb (B, emb_dim), features (B, num_bases, H, W) of :meth:`guide_features`
         -> (B, out_channels, H, W).
     """
 
-    def __init__(self, channels: int, out_channels: int, emb_dim: int, guide_channel: int = 3, num_bases: int = 8):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_dim: int,
+        guide_channel: int = 3,
+        num_bases: int = 8,
+        norm: Norm = "layernorm",
+    ):
         super().__init__()
         # Names as in the released checkpoint.
         self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
-        self.norm1 = nn.GroupNorm(1, channels)
+        self.norm1 = make_norm(norm, channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(1, out_channels)
+        self.norm2 = make_norm(norm, out_channels)
         self.conv2 = nn.Sequential(
             nn.Conv2d(guide_channel, 2 * num_bases, 1), SimpleGate(), nn.Conv2d(num_bases, num_bases, 3, padding=1)
         )
@@ -106,9 +144,9 @@ def resize(guide: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 class SelfAttention(nn.Module):
     """Residual self-attention with one head over all positions: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Norm = "layernorm"):
         super().__init__()
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = make_norm(norm, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -123,10 +161,10 @@ class SelfAttention(nn.Module):
 class _Level(nn.Module):
     """An AKG block with attention behind it where the level has it."""
 
-    def __init__(self, channels: int, out_channels: int, attention: bool, **block):
+    def __init__(self, channels: int, out_channels: int, attention: bool, norm: Norm, **block):
         super().__init__()
-        self.res_block = AKGBlock(channels, out_channels, **block)
-        self.attn = SelfAttention(out_channels) if attention else nn.Identity()
+        self.res_block = AKGBlock(channels, out_channels, norm=norm, **block)
+        self.attn = SelfAttention(out_channels, norm) if attention else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         return self.attn(self.res_block(x, emb, features))
@@ -166,6 +204,10 @@ class UCDIRDenoiser(nn.Module):
         res_blocks: blocks per level on the way down; one more on the way up.
         attn_res: nominal resolutions with attention; level i has ``image_size / 2 ** i``.
         image_size: nominal size, only used with ``attn_res``.
+        mid_attn: attention in the first middle block.
+        norm: ``layernorm`` is GroupNorm with one group, with statistics over the whole image, as released;
+            ``layernorm2d`` normalises each position over its channels. With it, ``attn_res: []`` and
+            ``mid_attn: false`` the network is local: patches give exactly the whole (see :attr:`receptive_field`).
         num_bases: kernel bases N of each AKGM; all widths must be multiples of it.
         dropout: in the final head.
         residual: add the first ``out_channel`` input channels to the output, for the regression baseline; not in the
@@ -191,6 +233,8 @@ class UCDIRDenoiser(nn.Module):
         res_blocks: int = 2,
         attn_res: Sequence[int] = (16,),
         image_size: int = 128,
+        mid_attn: bool = True,
+        norm: Norm = "layernorm",
         num_bases: int = 8,
         dropout: float = 0.1,
         residual: bool = False,
@@ -205,7 +249,7 @@ class UCDIRDenoiser(nn.Module):
                 raise UserError(f"a width of {inner_channel * mult} channels is no multiple of num_bases {num_bases}")
         if inner_channel % 2:
             raise UserError(f"inner_channel must be even, got {inner_channel}")
-        self.stride = 2 ** (len(channel_mults) - 1)
+        self.levels, self.res_blocks = len(channel_mults), res_blocks
         self.out_channel, self.residual = out_channel, residual
         self.released_padding, self.use_checkpoint = released_padding, use_checkpoint
         self.noise_level_mlp = nn.Sequential(
@@ -214,7 +258,7 @@ class UCDIRDenoiser(nn.Module):
             nn.SiLU(),
             nn.Linear(inner_channel * 4, inner_channel),
         )
-        block = {"emb_dim": inner_channel, "guide_channel": guide_channel, "num_bases": num_bases}
+        block = {"emb_dim": inner_channel, "guide_channel": guide_channel, "num_bases": num_bases, "norm": norm}
         last = len(channel_mults) - 1
         channels = inner_channel
         skips = [channels]
@@ -230,7 +274,7 @@ class UCDIRDenoiser(nn.Module):
                 skips.append(channels)
         self.downs = nn.ModuleList(downs)
         self.mid = nn.ModuleList(
-            [_Level(channels, channels, True, **block), _Level(channels, channels, False, **block)]
+            [_Level(channels, channels, mid_attn, **block), _Level(channels, channels, False, **block)]
         )
         ups: list[nn.Module] = []
         for i, mult in reversed(list(enumerate(channel_mults))):
@@ -242,14 +286,29 @@ class UCDIRDenoiser(nn.Module):
                 ups.append(_Upsample(channels))
         self.ups = nn.ModuleList(ups)
         self.final_conv = nn.Sequential(
-            nn.GroupNorm(1, channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, out_channel, 3, padding=1)
+            make_norm(norm, channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, out_channel, 3, padding=1)
         )
         if residual:  # start from the input itself
             nn.init.zeros_(self.final_conv[3].weight)
             nn.init.zeros_(self.final_conv[3].bias)
 
+    @property
+    def stride(self) -> int:
+        """Patches that start at its multiples see the image as the whole does."""
+        return network_stride(self.levels, self.released_padding)
+
+    @property
+    def receptive_field(self) -> Optional[int]:
+        """How far a result looks, in pixels of x and of the guide; None if it knows the whole image.
+
+        410 for the depth of the released model, were it local. The first time, it takes a second to measure.
+        """
+        if any(isinstance(module, (nn.GroupNorm, SelfAttention)) for module in self.modules()):
+            return None
+        return _receptive_field(self.levels, self.res_blocks)
+
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        return pad_to_multiple(x, 32, always=True) if self.released_padding else pad_to_multiple(x, self.stride)
+        return pad_to_multiple(x, self.stride, always=self.released_padding)
 
     def _layers(self) -> Iterator[nn.Module]:
         yield from itertools.chain(self.downs, self.mid, self.ups)
@@ -310,6 +369,27 @@ class UCDIRDenoiser(nn.Module):
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(layer, x, emb, next(features), use_reentrant=False)
         return layer(x, emb, next(features))
+
+
+@functools.cache
+def _receptive_field(levels: int, res_blocks: int) -> Optional[int]:
+    with torch.random.fork_rng(devices=[]):
+        net = UCDIRDenoiser(  # it does not depend on the widths
+            in_channel=1,
+            out_channel=1,
+            guide_channel=1,
+            inner_channel=2,
+            channel_mults=(1,) * levels,
+            res_blocks=res_blocks,
+            attn_res=(),
+            mid_attn=False,
+            norm="layernorm2d",
+            num_bases=1,
+        ).eval()
+    # At most 2 pixels of its level for a block, of which a level has 2 res_blocks + 1 and the middle 2; 1 for the
+    # convolution between levels on either way.
+    bound = 2**levels * (4 * res_blocks + 8)
+    return tiling.receptive_field(lambda x: net(x[:, :1], guide=x[:, 1:]), 2, net.stride, limit=bound, start=bound)
 
 
 @register("arch")

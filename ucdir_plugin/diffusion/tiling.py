@@ -166,7 +166,8 @@ def tiled(
     """``function(image, *inputs)``, computed on patches.
 
     Args:
-        function: keeps the size and the batch of its patches; any number of channels comes out.
+        function: keeps the batch of its patches, and their size or enlarges it by a whole factor s, as networks for
+            super-resolution do; any number of channels comes out.
         grid: of the image's size.
         image: (B, C, H, W).
         inputs: split like the image if they are tensors (B, c, H, W); taken for the patch's image if they are tensors
@@ -177,12 +178,12 @@ def tiled(
         empty: allocates the result, called as torch.empty; for instance in a memory-mapped file.
 
     Returns:
-        (B, channels of the function's result, H, W), of the image's dtype and device. With ``drop`` equal to the
-        whole to rounding, if the function is local, the grid aligned and its overlap at least the
+        (B, channels of the function's result, s * H, s * W), of the image's dtype and device. With ``drop`` equal to
+        the whole to rounding, if the function is local, the grid aligned and its overlap at least the
         :func:`receptive_field`.
 
     Raises:
-        UserError: if the function changes the size.
+        UserError: if the function changes the size otherwise, or patches by different factors.
         ValueError: if an input has not the image's batch or the grid's size, or at an unknown ``merge``.
     """
     at_least_one(tile_batch=tile_batch)
@@ -194,25 +195,24 @@ def tiled(
         if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[-2:] != (grid.height, grid.width):
             raise ValueError(f"an input of {tuple(value.shape[-2:])} in a grid for {(grid.height, grid.width)}")
     blend = merge == "blend"
-    rows = _parts(grid.rows, grid.height, grid.overlap, blend, image)
-    columns = _parts(grid.columns, grid.width, grid.overlap, blend, image)
     result: Optional[torch.Tensor] = None
+    scale = 0
     for patches in grid.batches(len(image), tile_batch):
         outs = function(*(_gather(value, patches) for value in (image, *inputs)))
         size = len(patches[0][1]), len(patches[0][2])
-        if outs.shape[-2:] != size:
-            raise UserError(
-                f"the network turns a patch of {size[0]}x{size[1]} into {outs.shape[-2]}x{outs.shape[-1]}:"
-                " patches need one that keeps the size (scale 1)"
-            )
+        scale = scale or max(outs.shape[-2] // size[0], 1)  # what the first patches say
+        _check_size(outs, size, scale, "keeps the size, or enlarges height and width of all by one whole factor")
         if result is None:
-            shape = (len(image), outs.shape[1], grid.height, grid.width)
+            rows = _parts(grid.rows, grid.height, grid.overlap, blend, scale, image)
+            columns = _parts(grid.columns, grid.width, grid.overlap, blend, scale, image)
+            shape = (len(image), outs.shape[1], scale * grid.height, scale * grid.width)
             result = empty(shape, dtype=image.dtype, device=image.device)
             if blend:
                 result.zero_()
         for (number, row, column), out in zip(patches, outs):
             (top, bottom, row_window), (left, right, column_window) = rows[row], columns[column]
-            part = out[:, top - row.start : bottom - row.start, left - column.start : right - column.start]
+            y, x = scale * row.start, scale * column.start
+            part = out[:, top - y : bottom - y, left - x : right - x]
             target = result[number, :, top:bottom, left:right]
             if blend:
                 target.add_(part * row_window.unsqueeze(1) * column_window)
@@ -221,19 +221,27 @@ def tiled(
     return result
 
 
+def _check_size(outs: torch.Tensor, size: Tuple[int, int], scale: int, need: str) -> None:
+    if outs.shape[-2:] != (scale * size[0], scale * size[1]):
+        raise UserError(
+            f"the network turns a patch of {size[0]}x{size[1]} into {outs.shape[-2]}x{outs.shape[-1]}:"
+            f" patches need one that {need}"
+        )
+
+
 def _parts(
-    spans: Sequence[Span], size: int, overlap: int, blend: bool, like: torch.Tensor
+    spans: Sequence[Span], size: int, overlap: int, blend: bool, scale: int, like: torch.Tensor
 ) -> Dict[Span, Tuple[int, int, Optional[torch.Tensor]]]:
-    """Which pixels of the image each patch gives, [start, stop), and with which weight."""
+    """Which pixels of the result each patch gives, [start, stop), and with which weight."""
     if not blend:
-        return {span: (span.keep_start, span.keep_stop, None) for span in spans}
+        return {span: (scale * span.keep_start, scale * span.keep_stop, None) for span in spans}
     windows = []
-    total = torch.zeros(size, dtype=torch.float64)
+    total = torch.zeros(scale * size, dtype=torch.float64)
     for span in spans:
-        position = torch.arange(len(span), dtype=torch.float64) + 0.5
+        position = (torch.arange(scale * len(span), dtype=torch.float64) + 0.5) / scale
         ramp = (torch.minimum(position, len(span) - position) / max(2 * overlap, 1)).clamp(max=1)
-        start, stop = max(span.start, 0), min(span.stop, size)
-        window = (ramp * torch.pi / 2).sin().square()[start - span.start : stop - span.start]
+        start, stop, origin = (scale * i for i in (max(span.start, 0), min(span.stop, size), span.start))
+        window = (ramp * torch.pi / 2).sin().square()[start - origin : stop - origin]
         total[start:stop] += window
         windows.append((start, stop, window))
     return {s: (a, b, (w / total[a:b]).to(like.device, like.dtype)) for s, (a, b, w) in zip(spans, windows)}
@@ -284,7 +292,7 @@ def split(
         ``(x_t, level) -> eps`` for any sampler: (B, C, H, W) and (B,) -> (B, C, H, W).
 
     Raises:
-        UserError, ValueError: as :func:`tiled`, when called.
+        UserError, ValueError: as :func:`tiled`, when called; UserError if the denoiser changes the size.
     """
     cache = None if prepare is None else _Cache(prepare, cache_bytes)
 
@@ -293,7 +301,9 @@ def split(
 
         def patch(x: torch.Tensor, level: torch.Tensor, *conditions: Any) -> torch.Tensor:
             state = () if cache is None else (cache(next(calls), conditions),)
-            return denoise(x, level, *conditions, *state)
+            eps = denoise(x, level, *conditions, *state)
+            _check_size(eps, x.shape[-2:], 1, "keeps the size (scale 1)")
+            return eps
 
         return tiled(patch, grid, x, level, *conditions, tile_batch=tile_batch, merge=merge, empty=empty)
 
@@ -353,7 +363,11 @@ def per_patch(
 
 @torch.no_grad()
 def receptive_field(
-    function: Callable[[torch.Tensor], torch.Tensor], channels: int, stride: int = 1, limit: int = 1024
+    function: Callable[[torch.Tensor], torch.Tensor],
+    channels: int,
+    stride: int = 1,
+    limit: int = 1024,
+    start: int = 32,
 ) -> Optional[int]:
     """Radius in pixels: how far the result looks beyond a cut at a multiple of the stride. The overlap for exactness.
 
@@ -363,21 +377,23 @@ def receptive_field(
     method (not torch's on x86), can make it too large; what hides NaN (nan_to_num, a comparison) too small.
 
     Args:
-        function: (1, channels, H, W) -> (1, any, H, W), in evaluation mode and on the CPU.
+        function: (1, channels, H, W) -> (1, any, s * H, s * W), in evaluation mode and on the CPU.
         channels: of the input; join several inputs and let the function take them apart.
         stride: total stride of the network.
         limit: the largest radius to look for.
+        start: the radius to look for first, doubled until it is enough; a good guess saves time. What a layer looks
+            at beyond twice of it, and nothing nearer, is missed (a dilation above 64).
 
     Returns:
-        The radius; None if it is above ``limit`` or, as with GroupNorm or attention, without bound.
+        The radius, in pixels of the input; None if it is above ``limit`` or, as with GroupNorm or attention, without
+        bound.
     """
-    radii = [_reach(function, channels, stride, limit, dim) for dim in (2, 3)]
+    radii = [_reach(function, channels, stride, limit, start, dim) for dim in (2, 3)]
     return None if None in radii else max(radii)
 
 
-def _reach(function: Callable, channels: int, stride: int, limit: int, dim: int) -> Optional[int]:
+def _reach(function: Callable, channels: int, stride: int, limit: int, margin: int, dim: int) -> Optional[int]:
     """:func:`receptive_field` along one axis, in images that grow until the NaN ends before they do."""
-    margin = 32
     while True:
         margin = -(-min(margin, limit + 1) // stride) * stride
         across = stride * max(2, -(-16 // stride))  # enough for the padding of most layers
@@ -385,7 +401,8 @@ def _reach(function: Callable, channels: int, stride: int, limit: int, dim: int)
         shape[dim] = 3 * margin
         x = torch.linspace(-1, 1, math.prod(shape)).view(shape)
         x.narrow(dim, margin, margin).fill_(float("nan"))
-        hit = function(x).isnan().movedim(dim, 0).flatten(1).any(1).nonzero()
+        hit = function(x).isnan().movedim(dim, 0).flatten(1).any(1)
+        hit = hit.view(3 * margin, -1).any(1).nonzero()  # of pixels of the input
         radius = max(margin - int(hit[0]), int(hit[-1]) + 1 - 2 * margin, 0)
         if radius < margin:
             return radius if radius <= limit else None
