@@ -107,10 +107,8 @@ def lpips_network(net: str, backbone: str) -> torch.nn.Module:
 @functools.lru_cache(maxsize=4)
 def stlpips_network(net: str) -> torch.nn.Module:
     """The package's ST-LPIPS, with its own weights."""
-    path = _st_weights(net)
+    _st_weights(net)  # the package loads what fits of any file, and says nothing of the rest
     module = imported("stlpips_pytorch.stlpips", INSTALL_ST).LPIPS(net=net, variant="shift_tolerant", verbose=False)
-    # The package loads what fits and says nothing of the rest.
-    module.load_state_dict({**module.state_dict(), **read_checkpoint(path)})
     return module.requires_grad_(False).eval().to(device())
 
 
