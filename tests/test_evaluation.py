@@ -97,7 +97,7 @@ def test_shares_of_several_processes_give_the_same(images, monkeypatch):
     # Of many patches KID takes subsets, whose draw must not depend on who had which image: neither may the order.
     monkeypatch.setattr(distances, "kernel_distance", lambda features, features2: float(features[0, 0]))
     whole = evaluated(images).results()
-    parts = [evaluated({k: images[k] for k in keys}) for keys in (("c.png",), ("b.png",), ("a.png",))]
+    parts = [evaluated({k: images[k] for k in keys}) for keys in (("a.png",), ("c.png",), ("b.png",))]
     parts[0].merge([part.share() for part in parts[1:]])
     assert report.as_data(parts[0].results(), {}) == report.as_data(whole, {})
     empty = Evaluation(METRICS)  # more processes than images
