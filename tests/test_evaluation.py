@@ -302,7 +302,7 @@ def test_tools_measure_sets_on_one_process_and_on_two(workplace):
     found = tables[1]["sets"]["restored"]
     assert (found["kid"]["patches"], found["kid"]["images"]) == (3, 3)
     assert found["kid"]["standard_error"] > 0
-    assert set(tables[1]["mean"]["restored"]) == {"loe", "consistency"}
+    assert set(tables[1]["mean"]["restored"]) == {"psnr", "niqe", "loe", "consistency"}
     assert "none/alexnet-owt-7be5be79.pth" in tables[1]["unavailable"]["lpips"]
     assert "| kid | restored |" in done.stdout
     assert "lpips: not available: put alexnet" in done.stdout
