@@ -36,6 +36,20 @@ def test_padding():
 
 
 @torch.no_grad()
+def test_padding_of_the_release_adds_to_aligned_sizes():
+    x = torch.randn(1, 3, 64, 64)
+    padded = torch.nn.functional.pad(x, (0, 32, 0, 32), mode="reflect")
+    for make in (
+        lambda **padding: SIDUNet(width=2, levels=3, **padding),
+        lambda **padding: small_denoiser(in_channel=3, **padding).eval(),
+    ):
+        net, released = make(), make(released_padding=True)
+        released.load_state_dict(net.state_dict())
+        assert torch.equal(released(x), net(padded)[..., :64, :64])
+        assert not torch.equal(released(x), net(x))
+
+
+@torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch():
     net = UCDIRDenoiser(**{k: v for k, v in TINY_DENOISER.items() if k != "type"}).eval()
     x, level, guide = torch.randn(3, 6, 12, 12), torch.tensor([0.1, 0.5, 0.9]), torch.randn(3, 3, 12, 12)

@@ -335,10 +335,11 @@ def test_receptive_field_of_deep_denoisers():
 
 
 def test_receptive_field_of_the_denoiser_is_measured_once_without_a_trace():
+    net = denoiser(channel_mults=[1, 1])
     ucdir_arch._receptive_field.cache_clear()
     state = torch.get_rng_state()
-    radius = denoiser(channel_mults=[1, 1]).receptive_field
-    torch.set_rng_state(state)
+    radius = net.receptive_field
+    assert torch.equal(torch.get_rng_state(), state)
     net = denoiser(
         channel_mults=[2, 1], norm="layernorm2d", attn_res=[5], released_padding=True
     )  # no level of 5 pixels
