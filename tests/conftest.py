@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import ucdir_plugin  # noqa: F401  (before any test module imports BasicSR)
+from ucdir_plugin.registry import build_arch
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).parent / "reference"
@@ -87,6 +88,21 @@ def merged(base: dict, changes: dict) -> dict:
     return result
 
 
+LQ_ONLY = {"name": "val", "type": "PairedRestorationDataset", "dataroot_lq": "photos"}
+RESTORING = merged(
+    TINY, {"train": None, "datasets": {"train": None, "val": None}, "path": {"pretrain_network_g": "net.pth"}}
+)
+RESTORING["datasets"] = {"val": LQ_ONLY}
+EDSR = {
+    "name": "edsr",
+    "model_type": "SRModel",
+    "scale": 2,
+    "datasets": {"val": LQ_ONLY},
+    "network_g": {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 1, "upscale": 2},
+    "path": {"pretrain_network_g": "edsr.pth"},
+}
+
+
 # A process that has imported everything, and computed nothing, is forked for each run of a tool: seconds are saved each time.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["ucdir_plugin.engine", "ucdir_plugin.options"])
@@ -144,6 +160,18 @@ class Workplace:
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
+
+
+@pytest.fixture
+def place(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A workplace to restore in: option files and random weights of a UCDIR and an EDSR."""
+    for options, name, path in ((RESTORING, "options.yml", "net.pth"), (EDSR, "edsr.yml", "edsr.pth")):
+        torch.manual_seed(1)
+        net = build_arch(options["network_g"])
+        torch.save({"params": net.state_dict(), "params_ema": net.state_dict()}, workplace.folder / path)
+        workplace.write(options, name)
+    monkeypatch.chdir(workplace.folder)
+    return workplace
 
 
 @pytest.fixture(autouse=True)

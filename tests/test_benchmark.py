@@ -2,21 +2,22 @@
 
 import json
 
+import cv2
 import pytest
 import torch
-from conftest import assert_one_line_error
+from conftest import RESTORING, TINY, assert_one_line_error
 
-from ucdir_plugin import benchmark
+from ucdir_plugin import benchmark, benchmark_restore
 from ucdir_plugin.archs import UCDIRDenoiser, akgm_compiled
 
 NAMES = benchmark._variants(*benchmark.REPLACED, *benchmark.CHOSEN)
-TINY = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
+SMALL = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
 
 
 def test_variants_of_the_network_differ_in_speed_only():
     """All but the plain convolution; each is really taken, forward and backward."""
     torch.manual_seed(0)
-    net = UCDIRDenoiser(**TINY)
+    net = UCDIRDenoiser(**SMALL)
     x, level, guide = torch.randn(1, 6, 12, 12), torch.tensor([0.5]), torch.randn(1, 3, 12, 12)
     results = {}
     for name in NAMES:
@@ -44,7 +45,7 @@ def test_a_variant_is_the_implementation_of_its_name(name, monkeypatch):
     assert calls == ["forward", "backward"]
     calls.clear()
     with benchmark._as(name):
-        UCDIRDenoiser(**TINY)(torch.randn(1, 6, 8, 8)[:, :6], torch.ones(1), torch.randn(1, 3, 8, 8)).sum().backward()
+        UCDIRDenoiser(**SMALL)(torch.randn(1, 6, 8, 8)[:, :6], torch.ones(1), torch.randn(1, 3, 8, 8)).sum().backward()
     assert calls.count("forward") == calls.count("backward") > 0
 
 
@@ -64,15 +65,17 @@ def test_medians_of_alternating_calls(monkeypatch):
 def test_peak_memory_sees_what_the_release_holds():
     """C * N channels and their product with the mix: 16 tensors of C * H * W; the compiled one needs none."""
     size = 4 * 64 * 128 * 128 / 2**20
-    peak = benchmark.peak_memory("_akgm_call", "released formulation", 1, 64, 128, False, False)
+    peak = benchmark.peak_memory(benchmark._akgm_call, "released formulation", 1, 64, 128, False, False)
     assert 14 * size < peak < 20 * size
     if akgm_compiled.available():
-        assert benchmark.peak_memory("_akgm_call", "compiled", 1, 64, 128, False, True) < 2.5 * size  # with the result
+        assert (
+            benchmark.peak_memory(benchmark._akgm_call, "compiled", 1, 64, 128, False, True) < 2.5 * size
+        )  # with the result
 
 
 def test_a_table_and_its_picture(tmp_path):
     rows = [{"grows": g, "value": v, "tiled": v / 10, "compiled": v / 20} for g in ("size", "batch") for v in (1, 2)]
-    result = benchmark._result("growth", rows)
+    result = benchmark.result("growth", rows)
     text = benchmark.table(result)
     assert "| size | 2 | 0.2 | 0.1 |" in text
     assert json.loads(text.strip().splitlines()[-1])["rows"] == rows
@@ -89,3 +92,51 @@ def test_a_table_and_its_picture(tmp_path):
 )
 def test_bad_arguments(arguments, message, workplace):
     assert_one_line_error(workplace.run("benchmark.py", *arguments), message)
+
+
+PAIRS = {**TINY["datasets"]["val"], "name": "pairs"}
+
+
+@pytest.fixture
+def measured(place):
+    """The options of :func:`place` with true images to measure against."""
+    return place.write({**RESTORING, "datasets": {"val": PAIRS}}, "pairs.yml")
+
+
+def test_quality_is_what_test_py_measures(place, measured, monkeypatch):
+    monkeypatch.setattr(benchmark_restore, "STEPS", (1, 2))
+    (table,) = benchmark_restore.quality(measured, None, ["ddpm", "heun:trailing"], 1)
+    rows = {(row["sampler"], row["steps"]): row for row in table["rows"]}
+    assert rows["heun:trailing", 2]["NFE"] == 3 and rows["ddpm", 2]["NFE"] == 2
+    assert place.run("test.py", "-opt", measured).returncode == 0
+    means = json.loads((place.folder / "results/tiny/metrics_pairs.json").read_text())["mean"]
+    for stage, key in (("input", ("input", "")), ("initial", ("initial prediction", "")), ("restored", ("ddpm", 2))):
+        assert rows[key]["psnr"] == round(means[stage]["psnr"], 3)
+
+
+def test_growth_counts_patches_and_state(place, measured, monkeypatch):
+    monkeypatch.setattr(benchmark_restore, "SIZES", ((64, 64), (128, 96)))
+    (table,) = benchmark_restore.growth(measured, None, 64, 8, 1)
+    small, large = table["rows"]
+    assert small["patches"] == 1 and small["computed / image"] == 1
+    # 128 in three patches of 48 + 2 * 8 at most: 54 rows each with overlaps; 96 in two of 56
+    assert large["patches"] == 6
+    assert all(row["seconds"] > 0 and row["peak MB"] >= 0 for row in table["rows"])
+
+
+def test_seams_are_scored_and_drawn(place, measured):
+    (table,) = benchmark_restore.seams(measured, None, 24, 2, "seams.png")
+    assert [row["way"] for row in table["rows"]] == ["truth", "per patch", "inter-step", "whole"]
+    picture = cv2.imread("seams.png")
+    assert picture.shape == (2 * 48, 3 * 72 + 2 * 8, 3) and (picture[:, :72] != picture[:, 80:152]).any()
+
+
+def test_the_tool_asks_for_what_it_needs(place, measured):
+    done = place.run("benchmark.py", "restore", "-opt", measured, "--only", "seams", "--tile", "24", "--overlap", "2")
+    assert done.returncode == 0 and "| inter-step |" in done.stdout
+    assert_one_line_error(
+        place.run("benchmark.py", "restore", "-opt", measured, "--seeds", "0"), "seeds must be at least 1"
+    )
+    assert_one_line_error(
+        place.run("benchmark.py", "restore", "-opt", "edsr.yml", "--only", "growth"), "EDSR, which restores in one pass"
+    )

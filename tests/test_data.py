@@ -1,6 +1,5 @@
 """Datasets: the images users have, faults that are named, and sampling that does not depend on workers or ranks."""
 
-import io
 import itertools
 
 import cv2
@@ -8,80 +7,16 @@ import numpy as np
 import pytest
 import torch
 from basicsr.data import build_dataset
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.jpeg_dataset import jpeg
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import decode_image, image_size, list_images
 
 
 def photo(height=20, width=24, seed=0):
     rng = np.random.default_rng(seed)
     return cv2.resize(rng.integers(0, 256, (5, 6, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def encoded(image, extension=".png"):
-    return cv2.imencode(extension, image)[1].tobytes()
-
-
-def test_eight_bit_equals_basicsr():
-    from basicsr.utils import imfrombytes
-
-    for extension in (".png", ".jpg", ".bmp", ".tif"):
-        content = encoded(photo(), extension)
-        np.testing.assert_array_equal(decode_image(content, "x"), imfrombytes(content, float32=True))
-
-
-def test_sixteen_bits_keep_their_precision():
-    image = np.arange(20 * 24 * 3, dtype=np.uint16).reshape(20, 24, 3) * 40
-    np.testing.assert_array_equal(decode_image(encoded(image), "x"), image.astype(np.float32) / 65535)
-
-
-def test_gray_alpha_palette_and_float():
-    gray = photo()[..., 0]
-    np.testing.assert_array_equal(decode_image(encoded(gray), "x"), np.repeat(gray[..., None], 3, 2) / np.float32(255))
-    rgba = np.concatenate([photo(), np.full((20, 24, 1), 7, np.uint8)], 2)
-    np.testing.assert_array_equal(decode_image(encoded(rgba), "x"), photo() / np.float32(255))
-    buffer = io.BytesIO()
-    Image.fromarray(photo()[..., ::-1]).quantize(256).save(buffer, "PNG")
-    assert np.abs(decode_image(buffer.getvalue(), "x") - photo() / 255).mean() < 0.05
-    floating = photo().astype(np.float32) / 200  # partly above 1
-    np.testing.assert_allclose(decode_image(encoded(floating, ".tiff"), "x"), floating.clip(0, 1))
-
-
-def test_signed_pixels_are_refused_not_clipped():
-    image = np.full((4, 5), -3, np.int16)
-    with pytest.raises(UserError, match="x has pixels of type int16"):
-        decode_image(encoded(image, ".tiff"), "x")
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(photo(16, 32)[..., ::-1]).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert image_size(str(tmp_path / "turned.jpg")) == (32, 16)
-    assert decode_image((tmp_path / "turned.jpg").read_bytes(), "x").shape == (32, 16, 3)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", encoded(photo())[:60]])
-def test_unreadable_images_are_named(content):
-    with pytest.raises(UserError, match=r"image bad.png (is empty|cannot be decoded)"):
-        decode_image(content, "bad.png")
-
-
-def test_listing(tmp_path):
-    for name in ("b.PNG", "sub/a.jpg", ".hidden.png", "notes.txt", "a.tif"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x")
-    assert list_images(str(tmp_path), "option") == ["a.tif", "b.PNG", "sub/a.jpg"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"option: the folder .*empty holds no image"):
-        list_images(str(tmp_path / "empty"), "option")
-    with pytest.raises(UserError, match=r"option: the folder .*none does not exist"):
-        list_images(str(tmp_path / "none"), "option")
 
 
 @pytest.fixture

@@ -1,49 +1,85 @@
-"""Measure speed and memory as ratios, on a machine that does nothing else.
+"""Measure speed and memory as ratios, on a machine that does nothing else. Each prints Markdown tables and JSON.
 
 python tools/benchmark.py akgm         AKGM against a plain convolution
 python tools/benchmark.py forward      sampling with the released SID network against the release's formulation
 python tools/benchmark.py train        training steps
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
+python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.errors import UserError, at_least_one, run_cli
+
+
+def parse_args() -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--repeats", type=int, default=5, help="measured turns of each variant (default: %(default)s)")
+    common.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("akgm", parents=[common])
+    what.add_parser("train", parents=[common])
+    forward = what.add_parser("forward", parents=[common])
+    forward.add_argument("--size", type=int, default=256, help="image height and width (default: %(default)s)")
+    complexity = what.add_parser("complexity", parents=[common])
+    complexity.add_argument("--figure", metavar="FILE.png", help="draw the growth curves here")
+    restore = what.add_parser("restore", parents=[common])
+    restore.add_argument("-opt", required=True, metavar="FILE.yml", help="option file of a UCDIR network")
+    restore.add_argument("--weights", metavar="FILE", help="default: what the option file trained last")
+    restore.add_argument("--only", choices=["growth", "quality", "seams"], help="one of the three tables")
+    restore.add_argument("--tile", type=int, help="longest side of a patch (default: growth 512, seams 128)")
+    restore.add_argument("--overlap", type=int, help="overlap of patches (default: growth 32, seams 16)")
+    restore.add_argument("--samplers", nargs="+", metavar="NAME[:SPACING]", help="quality: of these (default: all)")
+    restore.add_argument("--seeds", type=int, default=1, help="quality: mean over so many seeds (default: %(default)s)")
+    restore.add_argument("--figure", metavar="FILE.png", help="seams: patches on their own, inter-step, whole")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["akgm", "forward", "train", "complexity"])
-    parser.add_argument("--size", type=int, default=256, help="forward: image height and width (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured turns of each variant (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
-    parser.add_argument("--figure", metavar="FILE.png", help="complexity: draw the growth curves here")
-    args = parser.parse_args()
-    if args.size < 1 or args.repeats < 1 or (args.threads or 1) < 1:
-        raise UserError("--size, --repeats and --threads must be at least 1")
-    if args.figure and not Path(args.figure).absolute().parent.is_dir():
-        raise UserError(f"--figure {args.figure}: there is no such folder")
+    args = parse_args()
+    at_least_one(repeats=args.repeats, threads=args.threads or 1, size=getattr(args, "size", 1))
+    figure = getattr(args, "figure", None)
+    if figure and not Path(figure).absolute().parent.is_dir():
+        raise UserError(f"--figure {figure}: there is no such folder")
     import torch
 
     from ucdir_plugin import benchmark
-    from ucdir_plugin.engine import keep_freed_memory
+    from ucdir_plugin.memory import keep_freed_memory
 
     keep_freed_memory()  # as the other tools do
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = {
-        "akgm": lambda: benchmark.akgm_alone(args.repeats),
-        "forward": lambda: benchmark.forward(args.size, args.repeats),
-        "train": lambda: benchmark.train(args.repeats),
-        "complexity": lambda: benchmark.complexity(args.repeats),
-    }[args.what]()
+    if args.what == "restore":
+        results = restore(args)
+    else:
+        results = {
+            "akgm": lambda: benchmark.akgm_alone(args.repeats),
+            "forward": lambda: benchmark.forward(args.size, args.repeats),
+            "train": lambda: benchmark.train(args.repeats),
+            "complexity": lambda: benchmark.complexity(args.repeats),
+        }[args.what]()
     for result in results:
-        print(benchmark.table(result))
-    if args.figure and args.what == "complexity":
-        benchmark.draw_complexity(results[0], args.figure)
+        print(benchmark.table(result), flush=True)
+    if figure and args.what == "complexity":
+        benchmark.draw_complexity(results[0], figure)
     return 0
+
+
+def restore(args: argparse.Namespace) -> list:
+    from ucdir_plugin import benchmark_restore
+    from ucdir_plugin.diffusion.samplers import SAMPLERS
+
+    at_least_one(seeds=args.seeds)
+    tile, overlap, source = args.tile, args.overlap, (args.opt, args.weights)
+    parts = {
+        "growth": lambda: benchmark_restore.growth(*source, tile or 512, overlap or 32, args.repeats),
+        "quality": lambda: benchmark_restore.quality(*source, args.samplers or list(SAMPLERS), args.seeds),
+        "seams": lambda: benchmark_restore.seams(*source, tile or 128, overlap or 16, args.figure),
+    }
+    return [table for name, part in parts.items() if args.only in (None, name) for table in part()]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from ucdir_plugin import memory
 from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, akgm, akgm_compiled, akgm_tiled, ucdir_arch
 from ucdir_plugin.errors import UserError
 
@@ -82,36 +83,30 @@ def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
 # Memory: each measurement in a process of its own
 
 
-def peak_memory(case: str, *arguments: Any) -> float:
+def peak_memory(case: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     """MB that the second of two calls takes at its peak, above the idle process with the network loaded.
 
     Args:
-        case: name of a function here that returns the call; ``arguments`` are its own.
+        case: a function of a module that returns the call; ``arguments`` are its own.
     """
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc: run this benchmark on Linux")
-    code = f"from ucdir_plugin import benchmark; benchmark._print_peak({case!r}, *{arguments!r})"
+    where, name = case.__module__, case.__name__
+    code = f"import {where}; from ucdir_plugin import benchmark; benchmark._print_peak({where}.{name}(*{arguments!r}))"
     # Freed memory goes back at once, else what an earlier call left behind would hide a part of the peak.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     if done.returncode:
-        raise UserError(f"measuring the memory of {case} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)
 
 
-def _print_peak(case: str, *arguments: Any) -> None:
-    call = globals()[case](*arguments)
+def _print_peak(call: Callable[[], Any]) -> None:
     call()
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:  # the peak starts anew
-        file.write("5")
+    before = memory.status("VmRSS")
+    memory.reset_peak(torch.device("cpu"))
     call()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
+    print((memory.status("VmHWM") - before) / 2**20)
 
 
 # akgm
@@ -178,15 +173,13 @@ def akgm_alone(repeats: int) -> list[dict]:
                     }
                 )
         what = "forward and backward" if train else "forward"
-        tables.append(_result(f"AKGM {what}, N = 8: times of a plain 3x3 convolution of the same layout", rows))
+        tables.append(result(f"AKGM {what}, N = 8: times of a plain 3x3 convolution of the same layout", rows))
     rows = []
     for batch, channels, size in SHAPES[False][:3]:
         megabytes = 4 * batch * channels * size * size / 2**20
-        peaks = {
-            name: peak_memory("_akgm_call", name, batch, channels, size, False, True) / megabytes for name in names
-        }
+        peaks = {name: peak_memory(_akgm_call, name, batch, channels, size, False, True) / megabytes for name in names}
         rows.append({"B, C, size": f"{batch}, {channels}, {size}", **{n: round(p - 1, 2) for n, p in peaks.items()}})
-    tables.append(_result("AKGM forward: memory besides the inputs and the result, in tensors of C * H * W", rows))
+    tables.append(result("AKGM forward: memory besides the inputs and the result, in tensors of C * H * W", rows))
     return tables
 
 
@@ -235,7 +228,7 @@ def forward(size: int, repeats: int) -> list[dict]:
     steps = alternate({name: _step_of(name, net, 1, size) for name in names}, repeats)
     fixed = alternate({name: _fixed_call(name, size) for name in ("released formulation", "tiled")}, 3)
     total = {n: 50 * steps[n] + fixed["tiled" if n != "released formulation" else n] for n in names}
-    memory = {name: peak_memory("_step_call", name, size) for name in names}
+    memory = {name: peak_memory(_step_call, name, size) for name in names}
     base = "released formulation"
     rows = [
         {
@@ -248,7 +241,7 @@ def forward(size: int, repeats: int) -> list[dict]:
         }
         for name in names
     ]
-    return [_result(f"50-step sampling with the released SID network, one {size}x{size} image, no padding", rows)]
+    return [result(f"50-step sampling with the released SID network, one {size}x{size} image, no padding", rows)]
 
 
 # train
@@ -278,7 +271,7 @@ def train(repeats: int) -> list[dict]:
     default = _variants("compiled", "tiled")[0]
     cases[f"{default}, use_checkpoint"] = (default, True)
     seconds = alternate({n: _train_call(v, use_checkpoint=c) for n, (v, c) in cases.items()}, repeats)
-    memory = {n: peak_memory("_train_call", v, 16, 64, c) for n, (v, c) in cases.items()}
+    memory = {n: peak_memory(_train_call, v, 16, 64, c) for n, (v, c) in cases.items()}
     plain, released = "plain convolution", "released formulation"
     rows = [
         {
@@ -291,7 +284,7 @@ def train(repeats: int) -> list[dict]:
         }
         for name in cases
     ]
-    return [_result("training step of a 2.24 M-parameter denoiser, 16 crops of 64x64", rows), _loader(repeats)]
+    return [result("training step of a 2.24 M-parameter denoiser, 16 crops of 64x64", rows), _loader(repeats)]
 
 
 def _loader(repeats: int) -> dict:
@@ -310,7 +303,7 @@ def _loader(repeats: int) -> dict:
     step = _train_call(_variants("compiled", "tiled")[0], batch, crop)
     seconds = alternate({"loading a batch": load, "training step": step}, repeats)
     rows = [{"what": n, "s": round(s, 5), "ratio": round(s / seconds["training step"], 4)} for n, s in seconds.items()]
-    return _result("crop and JPEG of 4 x 64x64 against a training step on them, one process", rows)
+    return result("crop and JPEG of 4 x 64x64 against a training step on them, one process", rows)
 
 
 # complexity
@@ -344,7 +337,7 @@ def complexity(repeats: int) -> list[dict]:
             seconds = alternate(calls, repeats)
             rows.append({"grows": what, "value": value, **{n: round(s, 4) for n, s in seconds.items()}})
     title = "seconds of sampling steps, small denoiser, at " + ", ".join(f"{k} {v}" for k, v in base.items())
-    return [{**_result(title, rows), "default": default}]
+    return [{**result(title, rows), "default": default}]
 
 
 def draw_complexity(result: dict, path: str) -> None:
@@ -370,7 +363,8 @@ def draw_complexity(result: dict, path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _result(title: str, rows: list[dict]) -> dict:
+def result(title: str, rows: list[dict]) -> dict:
+    """A table and where it was measured."""
     return {
         "benchmark": title,
         "threads": torch.get_num_threads(),

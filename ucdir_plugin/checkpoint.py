@@ -7,38 +7,23 @@ last, so where it exists and can be read, its networks do too.
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 import torch
 
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.files import atomic_write
 from ucdir_plugin.weights import read_checkpoint
 
 
 def atomic_save(obj: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` to a temporary name, flushed to the disk, then renamed: readers see the old file or the new one.
+    """``torch.save`` by :func:`ucdir_plugin.files.atomic_write`: readers see the old file or the new one.
 
     Raises:
         UserError: if it cannot be written; names the path and the free space.
     """
-    path = os.path.abspath(os.fspath(path))
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as err:
-        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free" if os.path.isdir(folder) else "no such folder"
-        reason = getattr(err, "strerror", None) or "writing failed"
-        raise UserError(f"cannot write {path}: {reason} ({free})") from err
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with atomic_write(path) as file:
+        torch.save(obj, file)
 
 
 def remove_leftovers(*folders: str) -> None:

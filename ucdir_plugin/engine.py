@@ -7,9 +7,7 @@ the iteration, so that a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
-import glob
 import logging
 import math
 import os
@@ -29,13 +27,14 @@ from basicsr.utils.dist_util import get_dist_info
 from basicsr.utils.options import dict2str
 
 import ucdir_plugin
-from ucdir_plugin import compat, report
+from ucdir_plugin import compat, memory, report
 from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
 from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import load_options
 from ucdir_plugin.validation import bare_networks, handles, validate
+from ucdir_plugin.weights import find_weights
 
 
 def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -92,21 +91,9 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     if opt["rank"] == 0:
         get_root_logger().setLevel(logging.INFO)
     torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
+    memory.keep_freed_memory()
     seed_everything(opt["manual_seed"], "start")
     return opt
-
-
-def keep_freed_memory() -> None:
-    """Let the process use freed memory again instead of giving it back (glibc only; no effect elsewhere).
-
-    Else each large tensor gets fresh pages, which took a sixth of the time of the released SID denoiser on two CPU
-    cores, for 9 % less memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def seed_everything(*key: Any) -> None:
@@ -332,29 +319,6 @@ def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, 
     loader = build_dataloader(dataset, {**dataset.opt, "persistent_workers": False}, opt["num_gpu"], opt["dist"])
     with bare_networks(model):
         model.validation(loader, current_iter, tb_logger, save_img)
-
-
-def find_weights(opt: dict, forced: List[str]) -> None:
-    """Point ``path: pretrain_network_g`` at the last thing this option file trained, if it trained something.
-
-    Else what the file names is tested, and always what ``--force_yml path:pretrain_network_g=...`` names.
-
-    Raises:
-        UserError: if there are no weights.
-    """
-    path = opt["path"]
-    if any(entry.startswith("path:pretrain_network_g=") for entry in forced):
-        return
-    models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
-    found = {
-        int(stem): file
-        for file in glob.glob(os.path.join(glob.escape(models), "net_g_*.pth"))
-        if (stem := os.path.basename(file)[len("net_g_") : -len(".pth")]).isdigit()
-    }
-    if found and opt.get("train"):
-        path.update(pretrain_network_g=found[max(found)], param_key_g="params_ema")
-    if not path.get("pretrain_network_g"):
-        raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
 
 
 def test(args: argparse.Namespace) -> int:

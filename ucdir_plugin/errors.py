@@ -16,6 +16,10 @@ class UserError(Exception):
         return text.rsplit("UserError: ", 1)[-1]
 
 
+class WriteError(UserError):
+    """A file cannot be written: what follows could not be either."""
+
+
 def at_least_one(**values: int) -> None:
     """
     Raises:

@@ -1,80 +1,517 @@
-"""Reading images of the kinds users have: 8 and 16 bit, gray, RGB, RGBA, palette, EXIF-rotated."""
+"""Reading and writing images of the kinds users have: 8 and 16 bit, float, gray, alpha, palette, EXIF-rotated.
+
+OpenCV decodes, Pillow reads headers: ``decode_image`` for datasets, ``read_photo`` ... ``encode_result`` for tools.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import threading
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, Callable, Iterator
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ucdir_plugin.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+RESULT_EXTENSIONS = (".png", ".jpg", ".jpeg")
+_KINDS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # and TIFF, whose tags are read one by one
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
+_EXIF = b"Exif\0\0"
+# What describes the picture and not how this TIFF stores it: description, make, model, resolution, software, date,
+# artist, host, copyright; the last two are the EXIF and GPS directories.
+_DESCRIPTIVE_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853)
+_JPEG_SIDE, _JPEG_EXIF = 65500, 65533  # what libjpeg and a marker hold
+
+_size_limit = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """An image file's content, and what to keep of it when its restored version is written.
+
+    Attributes:
+        pixels: (H, W, 3) RGB, upright, in the file's depth: uint8, uint16, or float32 in [0, 1].
+        alpha: (H, W) of the same dtype, or None.
+        gray: whether the file has one colour channel; a palette counts as colour.
+        exif: as Pillow's ``exif=`` takes it, for the upright image: orientation 1, no thumbnail, else unchanged.
+        icc_profile: as in the file, whatever colours it is for.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    gray: bool = False
+    exif: bytes | None = None
+    icc_profile: bytes | None = None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level."""
+
+    kind: str
+    height: int
+    width: int
+    gray: bool
+    alpha: bool
+    bits: int
+    orientation: int = 1
+    exif: bytes | None = None
+    icc_profile: bytes | None = None
+    transparent: int | None = None
+    fault: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) as displayed."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow without its limit: sizes are checked here, with a clearer line and a limit of the user's own."""
+    with _size_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read_header(file: BinaryIO) -> _Header | None:
+    """None if it is damaged or of no known kind."""
+    try:
+        tags = _tiff_tags(file)
+        if tags is not None:
+            return _tiff_header(file, tags)
+        file.seek(0)
+        with _any_size(), Image.open(file, formats=_KINDS) as image:
+            kind, mode, info, (width, height) = image.format, image.mode, dict(image.info), image.size
+        exif, gray = info.get("exif"), mode in _GRAY_MODES
+        bits, transparent = 8, None
+        if kind == "PNG":
+            file.seek(24)
+            bits, colour_type = file.read(2)
+            gray = colour_type in (0, 4)  # Pillow's mode of 16 bits gray and alpha is RGBA
+            if gray and "transparency" in info:
+                transparent = info["transparency"] * (255 // (2**bits - 1) if bits < 8 else 1)
+            exif = exif or _late_exif(file)
+        orientation, exif = _upright_exif(exif)
+        alpha = "transparency" in info or mode in ("LA", "PA", "RGBA")
+        icc = info.get("icc_profile")
+        return _Header(kind, height, width, gray, alpha, bits, orientation, exif, icc, transparent)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
+        return None
+
+
+def _tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
+    """The tags of a TIFF's first image, also of kinds that Pillow cannot decode; None if it is no TIFF."""
+    file.seek(0)
+    head = file.read(8)
+    if head[:4] not in _TIFF:
+        return None
+    if b"+" in head[:4]:  # BigTIFF
+        head += file.read(8)
+    tags = ImageFileDirectory_v2(head)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags
+
+
+def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> _Header:
+    photometric, samples, bits = tags.get(262), tags.get(277, 1), max(tags.get(258, (1,)))
+    colours = 3 if photometric in (2, 6, 8) else 4 if photometric == 5 else 1
+    # OpenCV's own RGBA files do not say that the fourth channel is alpha.
+    extra = tags.get(338, (2,) if samples > colours else ())
+    gray = photometric in (0, 1)
+    alpha = photometric in (0, 1, 2) and (1 in extra or 2 in extra)
+    fault = None
+    if 8 < bits < 16:
+        fault = f"{bits} bits a channel"
+    elif bits > 8 and photometric == 0:
+        fault = "white as 0 at more than 8 bits"
+    elif bits > 8 and alpha and (gray or 1 in extra):
+        fault = f"{'gray and' if gray else 'colours multiplied by'} alpha at more than 8 bits"
+    orientation = tags.get(274, 1)
+    return _Header(
+        kind="TIFF",
+        height=int(tags[257]),
+        width=int(tags[256]),
+        gray=gray,
+        alpha=alpha,
+        bits=bits,
+        orientation=orientation if orientation in range(1, 9) else 1,
+        exif=_tiff_exif(file),
+        icc_profile=tags.get(34675),
+        fault=fault,
+    )
+
+
+def _tiff_exif(file: BinaryIO) -> bytes | None:
+    try:
+        file.seek(0)
+        tags, kept = Image.Exif(), Image.Exif()
+        tags.load_from_fp(file)
+        for tag in _DESCRIPTIVE_TAGS:
+            value = tags.get_ifd(tag) if tag in _DESCRIPTIVE_TAGS[-2:] else tags.get(tag)
+            if value:
+                kept[tag] = value
+        return kept.tobytes() if len(kept) else None
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return None  # BigTIFF, or tags that Pillow cannot write
+
+
+def _late_exif(file: BinaryIO) -> bytes | None:
+    """A PNG's eXIf chunk behind the pixels: Pillow would decode the image to find it, OpenCV heeds it."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+    tail = file.read()
+    start = tail.rfind(b"eXIf")
+    if start < 4:
+        return None
+    end = start + 4 + int.from_bytes(tail[start - 4 : start], "big")
+    sound = zlib.crc32(tail[start:end]).to_bytes(4, "big") == tail[end : end + 4]
+    return tail[start + 4 : end] if sound else None
+
+
+def _upright_exif(exif: bytes | None) -> tuple[int, bytes | None]:
+    """The orientation, and the same EXIF for the turned image. Changed in place: offsets, as of maker notes, hold."""
+    if not exif:
+        return 1, None
+    data = bytearray(exif[len(_EXIF) :] if exif.startswith(_EXIF) else exif)
+    orientation = 1
+    try:
+        order = {b"II": "<", b"MM": ">"}[bytes(data[:2])]
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        end = start + 2 + 12 * count
+        for entry in range(start + 2, end, 12):
+            if struct.unpack_from(f"{order}H", data, entry)[0] == 0x0112:
+                (orientation,) = struct.unpack_from(f"{order}H", data, entry + 8)
+                struct.pack_into(f"{order}H", data, entry + 8, 1)
+        struct.pack_into(f"{order}I", data, end, 0)  # the thumbnail: it shows the image unturned and unrestored
+    except (KeyError, struct.error):
+        pass  # cut off: what could be read counts
+    return orientation if orientation in range(1, 9) else 1, _EXIF + bytes(data)
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of (H, W, ...), turned as the EXIF orientation asks."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return image[:, ::-1] if orientation in (2, 3, 6, 7) else image
+
+
+def _imdecode(content: bytes, path: str, flags: int) -> np.ndarray:
+    """cv2.imdecode of an image of 8 or 16 bits without sign or of float, which becomes float32 in [0, 1]."""
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error as err:
+        if "CV_IO_MAX_IMAGE" in str(err):
+            raise UserError(
+                f"image {path} is larger than OpenCV reads: 2^30 pixels, 2^20 a side, or what the environment variables"
+                " OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH and _HEIGHT allow"
+            ) from err
+        raise UserError(f"image {path} cannot be decoded: {err}") from err
+    if image is None:
+        raise UserError(
+            f"image {path} cannot be decoded: it is damaged, no image, or of a kind that OpenCV cannot read"
+        )
+    if image.dtype in (np.uint8, np.uint16):
+        return image
+    if image.dtype.kind != "f":
+        raise UserError(f"image {path} has pixels of type {image.dtype}; 8 and 16 bits without sign and float are read")
+    image = image.astype(np.float32, copy=False)
+    if not cv2.checkRange(image)[0]:
+        raise UserError(f"image {path} holds NaN or infinite values")
+    return image.clip(0, 1, out=image)
+
+
+def _decode(content: bytes, path: str) -> np.ndarray:
+    """(H, W, 3) BGR, upright; dtype as in :func:`_imdecode`."""
+    if not content:
+        raise UserError(f"image {path} is empty (0 bytes)")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+    header = _read_header(io.BytesIO(content)) if content[:4] in (*_TIFF, b"RIFF") else None
+    if header is not None and header.bits > 16:  # of float OpenCV converts no channels
+        image = _imdecode(content, path, cv2.IMREAD_UNCHANGED)
+        if image.ndim == 3 and image.shape[2] == 3:
+            return image
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if image.ndim == 2 else cv2.COLOR_BGRA2BGR)
+    if header is not None and header.kind == "WEBP":  # only late versions of OpenCV turn it
+        image = _imdecode(content, path, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        return np.ascontiguousarray(_upright(image, header.orientation))
+    return _imdecode(content, path, flags)
+
+
+def _unit(pixels: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1], as BasicSR converts."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255.0
+    if pixels.dtype == np.uint16:
+        return pixels.astype(np.float32) / 65535.0
+    return pixels
 
 
 def decode_image(content: bytes, path: str) -> np.ndarray:
     """Decode an image file's bytes: (H, W, 3) float32 BGR in [0, 1], as BasicSR's datasets hold images.
 
     Gray is repeated, alpha dropped, 16 bits keep their precision, EXIF rotation is applied; 8 bits equal BasicSR's.
+    Of several frames or pages the first is read. A JPEG that is cut short is refused by OpenCV 4.11 and later; older
+    versions fill it up.
 
     Raises:
         UserError: if it is empty or cannot be decoded; names ``path``.
     """
-    if not content:
-        raise UserError(f"image {path} is empty (0 bytes)")
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    if image is None:
-        raise UserError(f"image {path} cannot be decoded: it is damaged or no image")
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / 255.0
-    if image.dtype == np.uint16:
-        return image.astype(np.float32) / 65535.0
-    if image.dtype.kind != "f":
-        raise UserError(f"image {path} has pixels of type {image.dtype}; 8 and 16 bits without sign and float are read")
-    image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise UserError(f"image {path} holds NaN or infinite values")
-    return image.clip(0, 1)
+    return _unit(_decode(content, path))
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """
+    Raises:
+        UserError: if the file cannot be read or is empty.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"image {path} is empty (0 bytes)")
+            yield file
+    except OSError as err:
+        raise UserError(f"image {path} cannot be read: {err.strerror}") from err
 
 
 def read_bytes(path: str) -> bytes:
     """The file's content.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read or is empty.
     """
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as err:
-        raise UserError(f"image {path} cannot be read: {err.strerror}") from err
+    with _opened(path) as file:
+        return file.read()
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(height, width) as displayed, from the header where Pillow knows the format.
+    """(height, width) as displayed, from the header of the kinds of :data:`EXTENSIONS`, else from the decoded image.
 
     Raises:
         UserError: if the file is missing, empty or no image.
     """
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise UserError(f"image {path} is empty (0 bytes)")
+    with _opened(path) as file:
+        header = _read_header(file)
+    return header.size if header is not None else decode_image(read_bytes(path), path).shape[:2]
+
+
+def read_photo(path: str, max_pixels: int) -> Photo:
+    """Read an image and what is to be kept of its file; the pixels are :func:`decode_image`'s, in the file's depth.
+
+    Only in a TIFF of 8 bits with alpha they differ where it is transparent: OpenCV, and so the datasets, multiply by
+    alpha there; these are the file's colours. CMYK becomes RGB. Of several frames or pages the first is read.
+
+    Args:
+        max_pixels: the most that is decoded; the header tells.
+
+    Raises:
+        UserError: if the file is missing, empty, damaged (a cut JPEG: see :func:`decode_image`), of another kind than
+            :data:`EXTENSIONS`, has more pixels than ``max_pixels`` or OpenCV's limit, signed or NaN pixels, or is a
+            TIFF that OpenCV would read wrongly: 16 bits with white as 0, with colours multiplied by alpha, or gray
+            with alpha, and 9 to 15 bits.
+    """
+    with _opened(path) as file:
+        header = _read_header(file)
+        if header is None:
+            raise UserError(
+                f"image {path} cannot be decoded: it is damaged or no PNG, JPEG, TIFF, WebP, BMP or PPM; save it as PNG"
+            )
+        height, width = header.size
+        if height * width > max_pixels:
+            raise UserError(
+                f"image {path} has {width}x{height} = {width * height} pixels, more than the limit of {max_pixels};"
+                f" if that is meant, give --max-pixels {width * height}"
+            )
+        if header.fault:
+            raise UserError(f"image {path} is a TIFF with {header.fault}, which is not read; save it as PNG")
+        file.seek(0)
+        content = file.read()
+    if header.alpha and header.kind == "TIFF" and header.bits <= 8:
+        pixels, alpha = _tiff_with_alpha(content, path)
+    else:
+        alpha = _alpha(content, path, header) if header.alpha else None  # first: the peak is lower
+        pixels = _decode(content, path)
+        for rows in _strips(*pixels.shape[:2]):
+            pixels[rows] = cv2.cvtColor(pixels[rows], cv2.COLOR_BGR2RGB)
+    if pixels.shape[:2] != (height, width):  # as by a tag that is there twice
+        raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
+    return Photo(pixels, alpha, header.gray, header.exif, header.icc_profile)
+
+
+def _tiff_with_alpha(content: bytes, path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) RGB and (H, W) uint8 by Pillow: OpenCV drops the alpha of gray and multiplies colours by it."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.format in ("JPEG", "MPO", "TIFF", "WEBP") and image.getexif().get(0x0112) in _ROTATED:
-                width, height = height, width
-            return height, width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return decode_image(read_bytes(path), path).shape[:2]
+        with _any_size(), Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
+            rgba = np.asarray(image.convert("RGBA"))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error) as err:
+        raise UserError(f"image {path} cannot be decoded: it is damaged or of a rare kind; save it as PNG") from err
+    return rgba[..., :3].copy(), rgba[..., 3].copy()
 
 
-def list_images(folder: str, what: str) -> list[str]:
+def _alpha(content: bytes, path: str, header: _Header) -> np.ndarray:
+    """(H, W), upright."""
+    image = _imdecode(content, path, cv2.IMREAD_UNCHANGED)
+    if header.transparent is not None:
+        opaque = np.iinfo(image.dtype).max
+        alpha = np.where(image == header.transparent, image.dtype.type(0), image.dtype.type(opaque))
+    elif image.ndim == 3 and image.shape[2] == 4:
+        alpha = image[..., 3]
+    else:
+        raise UserError(f"image {path} has alpha that OpenCV does not find; save it as PNG")
+    return np.ascontiguousarray(_upright(alpha, 1 if header.kind == "TIFF" else header.orientation))
+
+
+def _strips(height: int, width: int) -> Iterator[slice]:
+    """Rows in groups of about a million pixels, so that what is computed of them stays small."""
+    step = max(1, 2**20 // width)
+    return (slice(top, top + step) for top in range(0, height, step))
+
+
+def to_tensor(photo: Photo, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.Tensor:
+    """The photo as networks take it: (1, 3, H, W) float32 RGB in [0, 1], contiguous; bit for bit the datasets' tensor.
+
+    Args:
+        empty: allocates the result, called as torch.empty; for instance in a memory-mapped file.
+    """
+    height, width = photo.pixels.shape[:2]
+    result = empty((1, 3, height, width), dtype=torch.float32, device=torch.device("cpu"))
+    for rows in _strips(height, width):
+        result[0, :, rows] = torch.from_numpy(_unit(photo.pixels[rows])).permute(2, 0, 1)
+    return result
+
+
+def check_output(extension: str, like: Photo | None = None, scale: int = 1) -> None:
+    """Whether :func:`encode_result` can write; to be asked before long work.
+
+    Args:
+        extension: of the result's file, with the dot, in any case.
+        like: the photo, once it has been read.
+        scale: of the result's size.
+
+    Raises:
+        UserError: if there is no writer for ``extension``, or if a JPEG cannot hold what ``like`` has.
+    """
+    extension = extension.lower()
+    if extension not in RESULT_EXTENSIONS:
+        raise UserError(
+            f"results cannot be written as {extension or 'a file without extension'}:"
+            " use .png (every image) or .jpg (8 bits, no alpha)"
+        )
+    if like is None or extension == ".png":
+        return
+    excess = [
+        *(["16 bits"] if like.pixels.dtype == np.uint16 else ["float pixels"] if like.pixels.dtype.kind == "f" else []),
+        *(["alpha"] if like.alpha is not None else []),
+        *([f"more than {_JPEG_SIDE} pixels a side"] if max(like.pixels.shape[:2]) * scale > _JPEG_SIDE else []),
+        *([f"{len(like.exif)} bytes of EXIF"] if like.exif and len(like.exif) > _JPEG_EXIF else []),
+    ]
+    if excess:
+        raise UserError(f"a JPEG cannot hold {' and '.join(excess)}, which the image has: write .png")
+
+
+def encode_result(image: torch.Tensor, like: Photo, extension: str) -> bytes:
+    """A result as a file's content, of the kind that ``like`` was: gray, alpha, depth, EXIF and ICC profile are kept.
+
+    8 bits are rounded as BasicSR's tensor2img does; 16 bits and float are written as 16 bits. Gray is the BT.601 luma.
+    A profile for other colours than the file's (of CMYK, which became RGB) is left out. JPEG: quality 95, 4:4:4.
+
+    Args:
+        image: (3, H, W) RGB in [0, 1], clamped; any float dtype and device.
+        like: the photo that was restored, of this size or, for super-resolution, a whole fraction of it; alpha is
+            then enlarged (bilinear).
+        extension: as for :func:`check_output`.
+
+    Raises:
+        UserError: if ``image`` holds NaN or infinite values, or as :func:`check_output`.
+        ValueError: if ``image`` has another shape.
+    """
+    height, width = like.pixels.shape[:2]
+    scale = image.shape[-1] // width
+    if not scale or image.shape != (3, height * scale, width * scale):
+        raise ValueError(f"the result {tuple(image.shape)} is no multiple of the photo's (3, {height}, {width})")
+    check_output(extension, like, scale)
+    pixels = _quantized(image, like, scale)
+    icc_profile = like.icc_profile
+    if icc_profile and icc_profile[16:20] != (b"GRAY" if like.gray else b"RGB "):
+        icc_profile = None
+    if pixels.dtype == np.uint16:
+        return _png16(pixels, like.exif, icc_profile)
+    buffer = io.BytesIO()
+    options = {"format": "PNG"} if extension.lower() == ".png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture.save(buffer, exif=like.exif or b"", icc_profile=icc_profile, **options)
+    return buffer.getvalue()
+
+
+def _quantized(image: torch.Tensor, like: Photo, scale: int) -> np.ndarray:
+    """(H, W, channels) of uint8 in the order gray or RGB, alpha; or of uint16 in OpenCV's: gray or BGR, alpha."""
+    _, height, width = image.shape
+    colours = 1 if like.gray else 3
+    dtype, top = (np.uint8, 255.0) if like.pixels.dtype == np.uint8 else (np.uint16, 65535.0)
+    pixels = np.empty((height, width, colours + (like.alpha is not None)), dtype)
+    for rows in _strips(height, width):
+        part = image[:, rows].detach().float()
+        if not part.isfinite().all():
+            raise UserError("the result holds NaN or infinite values: the weights are damaged or the precision too low")
+        strip = part.clamp(0, 1).permute(1, 2, 0).contiguous().cpu().numpy()
+        if like.gray:
+            strip = cv2.cvtColor(strip, cv2.COLOR_RGB2GRAY)[..., None]
+        elif dtype == np.uint16:
+            strip = strip[..., ::-1]
+        pixels[rows, :, :colours] = (strip * np.float32(top)).round()
+    if like.alpha is not None:
+        alpha = like.alpha
+        if scale != 1:
+            alpha = cv2.resize(alpha, (width, height), interpolation=cv2.INTER_LINEAR)
+        pixels[..., -1] = (alpha * np.float32(top)).round() if alpha.dtype.kind == "f" else alpha
+    return pixels
+
+
+def _png16(pixels: np.ndarray, exif: bytes | None, icc_profile: bytes | None) -> bytes:
+    """A PNG of (H, W, 1 to 4) uint16 in OpenCV's order of channels; Pillow writes no 16-bit colours."""
+    gray_alpha = pixels.shape[2] == 2
+    if gray_alpha:  # OpenCV writes none, but a row of it has the bytes of a row of 8-bit RGBA
+        pixels = cv2.cvtColor(pixels.astype(">u2").view(np.uint8), cv2.COLOR_RGBA2BGRA)
+    png = memoryview(cv2.imencode(".png", pixels)[1]).cast("B")
+    header = bytearray(png[16:29])  # behind the signature (8 bytes), a length and a name
+    if gray_alpha:
+        header[8:10] = 16, 4  # bit depth, colour type
+    chunks = _chunk(b"IHDR", bytes(header))
+    if icc_profile:
+        chunks += _chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile))
+    if exif:
+        chunks += _chunk(b"eXIf", exif[len(_EXIF) :])
+    return b"".join((png[:8], chunks, png[33:]))
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def list_images(folder: str, what: str, skip: str | None = None) -> list[str]:
     """Paths relative to ``folder`` of the images in it and below, sorted; hidden files are left out.
 
     Args:
         what: the option that named the folder, for the error.
+        skip: a folder below to leave out, such as the results'; it need not exist.
 
     Raises:
         UserError: if the folder is missing or holds no image.
@@ -82,7 +519,7 @@ def list_images(folder: str, what: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f"{what}: the folder {folder} does not exist")
     found = []
-    visited = set()
+    visited = {os.path.realpath(skip)} - {os.path.realpath(folder)} if skip else set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(root) in visited:  # links in a circle
             folders.clear()

@@ -66,7 +66,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: no valid YAML: {getattr(err, 'problem', None) or err}") from err
 
 
-def apply_overrides(opt: dict, entries: Optional[List[str]]) -> None:
+def apply_overrides(opt: dict, entries: Optional[List[str]], where: str = "--force_yml") -> None:
     """Apply ``--force_yml a:b=value`` entries in place; values are YAML, missing levels are created.
 
     Raises:
@@ -76,15 +76,26 @@ def apply_overrides(opt: dict, entries: Optional[List[str]]) -> None:
         path, separator, value = entry.partition("=")
         keys = [key.strip() for key in path.split(":")]
         if not separator or not all(keys):
-            raise UserError(f"--force_yml {entry!r}: write it as key:subkey=value")
+            raise UserError(f"{where} {entry!r}: write it as key:subkey=value")
         target = opt
         for depth, key in enumerate(keys[:-1]):
             if target.get(key) is None:
                 target[key] = {}
             target = target[key]
             if not isinstance(target, dict):
-                raise UserError(f"--force_yml {entry!r}: {':'.join(keys[: depth + 1])} is no mapping")
-        target[keys[-1]] = read_yaml(value, f"--force_yml {entry!r}")
+                raise UserError(f"{where} {entry!r}: {':'.join(keys[: depth + 1])} is no mapping")
+        target[keys[-1]] = read_yaml(value, f"{where} {entry!r}")
+
+
+def read_assignments(entries: List[str], where: str) -> Dict[str, Any]:
+    """KEY=VALUE entries of the command line; values are YAML.
+
+    Raises:
+        UserError: for one without '=', or one that is no plain YAML.
+    """
+    result: Dict[str, Any] = {}
+    apply_overrides(result, entries, where)
+    return result
 
 
 class _Schema(BaseModel):
@@ -132,11 +143,11 @@ class SamplingOptions(_Schema):
     cache_mb: NotNegativeInt = 1024
 
 
-def _check_sampling(sampling: Mapping[str, Any], timesteps: int) -> None:
+def _check_sampling(sampling: Mapping[str, Any], timesteps: int, where: str = "val:sampling:") -> None:
     """What the keys of SamplingOptions say together."""
 
     def fault(key: str, message: str) -> None:
-        raise UserError(f"option val:sampling:{key}: {message}")
+        raise UserError(f"option {where}{key}: {message}")
 
     steps, start = sampling["steps"], sampling["start_timestep"]
     if start is not None and start > timesteps:
@@ -156,6 +167,24 @@ def _check_sampling(sampling: Mapping[str, Any], timesteps: int) -> None:
             f"{sampling['overlap']} must be smaller than half the tile ({sampling['tile']}):"
             f" take at most {(sampling['tile'] - 1) // 2}, or a larger tile",
         )
+
+
+def sampling_options(values: Mapping[str, Any], timesteps: int) -> SamplingOptions:
+    """Sampling options from elsewhere than an option file, checked.
+
+    Raises:
+        UserError: naming the first key that is unknown or wrong, with the cure.
+    """
+    try:
+        checked = SamplingOptions.model_validate_json(_to_json(values, "sampling"))
+    except ValidationError as err:
+        error = err.errors()[0]
+        if error["type"] == "extra_forbidden":
+            key = error["loc"][-1]
+            raise UserError(f"unknown option {key}; {did_you_mean(key, SamplingOptions.model_fields)}") from err
+        raise UserError(_explain(error)) from err
+    _check_sampling(checked.model_dump(), timesteps, "")
+    return checked
 
 
 class _Typed(_Schema):
@@ -241,7 +270,7 @@ class Options(_Schema):
     scale: PositiveInt = 1
     num_gpu: Union[Literal["auto"], NotNegativeInt] = "auto"
     manual_seed: Optional[Int] = 0
-    datasets: Dict[str, DatasetOptions] = Field(min_length=1)
+    datasets: Dict[str, DatasetOptions] = Field(default_factory=dict)  # none: to restore files only
     network_g: _Typed
     path: PathOptions = PathOptions()
     train: Optional[TrainOptions] = None

@@ -6,21 +6,23 @@ import csv
 import io
 import json
 import math
-import os
 from typing import Any, Optional
 
 import numpy as np
+
+from ucdir_plugin.files import write_atomically
 
 Row = dict[str, Any]
 """{"image": key, "metrics": {stage: {metric: value or None}}}; stages are input, initial, restored."""
 
 
 def write_text(text: str, path: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    write_atomically(text.encode("utf-8"), path)
 
 
 def means(rows: list[Row]) -> dict[str, dict[str, Optional[float]]]:

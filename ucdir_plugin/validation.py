@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ucdir_plugin import report
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.files import write_atomically
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
 
@@ -79,19 +79,15 @@ def sample_key(data: dict[str, Any], dataset_opt: dict) -> str:
 
 
 def write_image(image: np.ndarray, path: str) -> None:
-    """Write a PNG under a temporary name, then rename it.
+    """Write a PNG, whole or not at all.
+
+    Args:
+        image: (H, W) or (H, W, 3) BGR, uint8 or uint16.
 
     Raises:
         UserError: if it cannot be written.
     """
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(cv2.imencode(".png", image)[1].tobytes())
-        os.replace(temporary, path)
-    except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror}") from err
+    write_atomically(cv2.imencode(".png", image)[1].tobytes(), path)
 
 
 def validate(

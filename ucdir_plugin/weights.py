@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import pickle
 from typing import Any, Mapping
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +33,9 @@ SCHEDULE_BUFFERS = frozenset(
         "posterior_mean_coef2",
     }
 )
+
+HEADER = "ucdir_plugin"
+"""Key of a model file's options in its safetensors header."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
@@ -99,20 +105,51 @@ def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str
     net.load_state_dict(fitting_state_dict(net, state, path, strict), strict=False)
 
 
+def choose_state(content: Any, path: str, param_key: str | None = "params") -> tuple[Any, str | None]:
+    """The state dict in a checkpoint's content, and its key: ``param_key``, else 'params', else the content itself.
+
+    Raises:
+        UserError: if it is no mapping.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {path} holds no weights: a mapping of names to tensors is expected")
+    used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
+    return (content if used is None else content[used]), used
+
+
 def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params") -> None:
     """``BaseModel.load_network`` of BasicSR with a safe reader and one-line errors (a method; see compat.py).
 
-    ``param_key`` falls back to 'params', and to the file itself where it is a bare state dict.
+    ``param_key`` falls back as in :func:`choose_state`.
     """
     from basicsr.utils import get_root_logger
 
-    content = read_checkpoint(load_path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint {load_path} holds no weights: a mapping of names to tensors is expected")
-    used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
-    state = content if used is None else content[used]
+    state, used = choose_state(read_checkpoint(load_path), load_path, param_key)
     get_root_logger().info(f"Loading {type(self.get_bare_model(net)).__name__} from {load_path}, key {used}.")
     load_state_dict(self.get_bare_model(net), state, load_path, strict)
+
+
+def find_weights(opt: dict, forced: list[str]) -> None:
+    """Point ``path: pretrain_network_g`` at the last thing this option file trained, if it trained something.
+
+    Else what the file names is tested, and always what ``--force_yml path:pretrain_network_g=...`` names.
+
+    Raises:
+        UserError: if there are no weights.
+    """
+    path = opt["path"]
+    if any(entry.startswith("path:pretrain_network_g=") for entry in forced):
+        return
+    models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
+    found = {
+        int(stem): file
+        for file in glob.glob(os.path.join(glob.escape(models), "net_g_*.pth"))
+        if (stem := os.path.basename(file)[len("net_g_") : -len(".pth")]).isdigit()
+    }
+    if found and opt.get("train"):
+        path.update(pretrain_network_g=found[max(found)], param_key_g="params_ema")
+    if not path.get("pretrain_network_g"):
+        raise UserError(f"no weights: set path:pretrain_network_g, or train first (none found in {models})")
 
 
 def convert_ucdir(source: str, target: str) -> dict[str, Any]:
@@ -142,3 +179,65 @@ def convert_ucdir(source: str, target: str) -> dict[str, Any]:
     # One set of tensors under both of BasicSR's keys: torch.save stores shared memory once.
     atomic_save({"params": state, "params_ema": state}, target)
     return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "dropped": dropped}
+
+
+def write_model(
+    source: str, options: dict, target: str, dtype: torch.dtype, notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Turn what an option file trained into one file that restores without it: averaged weights, options in the header.
+
+    Args:
+        source: ``net_g_ITER.pth``, of which the averaged weights are taken, or any of the option file's ``network_g``.
+        options: checked ones, as of ``load_options``.
+        target: a .safetensors file.
+        dtype: that floating-point weights are stored in; networks compute in float32 all the same.
+        notes: shown to whoever uses the file, such as ``licence``.
+
+    Returns:
+        ``{"tensors": number, "parameters": numbers in them}``.
+
+    Raises:
+        UserError: if the weights do not fit, or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    from ucdir_plugin.files import write_atomically
+    from ucdir_plugin.registry import build_arch
+
+    state, _ = choose_state(read_checkpoint(source), source, "params_ema")
+    with torch.device("meta"):
+        net = build_arch(options["network_g"], "network_g")
+    state = fitting_state_dict(net, state, source)
+    state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+    kept = {
+        k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
+    }
+    if "sampling" in options["val"]:
+        kept["val"] = {"sampling": options["val"]["sampling"]}
+    header = json.dumps({"options": kept, "notes": dict(notes)})
+    if not target.endswith(".safetensors"):
+        raise UserError(f"{target}: a model file ends with .safetensors")
+    write_atomically(save(state, metadata={HEADER: header}), target)
+    return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values())}
+
+
+def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
+    """Options, weights and notes of a file that :func:`write_model` wrote; the options are checked like any others.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds no options.
+    """
+    from ucdir_plugin.options import check_options
+
+    state = read_checkpoint(path)
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(HEADER)
+    try:
+        content = json.loads(header or "")
+        options, notes = content["options"], {str(k): str(v) for k, v in content["notes"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise UserError(
+            f"{path} holds weights without options: use it as --weights beside its option file,"
+            " or make a model file of both with tools/convert_weights.py"
+        ) from err
+    return check_options(options, is_train=False, where=path), state, notes

@@ -2,14 +2,18 @@
 //
 // A strip is some rows of one image, stored per channel with one zero behind each row, so that a neighbour at (dy, dx)
 // is always dy * pitch + dx further on (pitch = width + 1) and vectors of positions run across row ends. Registers hold
-// the N basis responses of a few vectors of positions: the C * N channels never reach memory. Vectors are those of the
-// compiler (GCC, Clang), their length follows the instruction set that it is told to use.
+// the N basis responses of a few vectors of positions: the C * N channels never reach memory. The gradients of weight and
+// bias go another way, see there. Vectors are those of the compiler (GCC, Clang), their length follows the instruction
+// set that it is told to use.
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -62,40 +66,21 @@ INLINE V in_register(V v) {
 #endif
 #endif
 
+// Integers, as many and as large as the numbers of a vector.
 template <typename T>
-T total(Vec<T> v) {
-  T sum = 0;
-  for (long i = 0; i < Vector<T>::lanes; i++) sum += v[i];
-  return sum;
-}
+using Lanes = decltype(Vec<T>{} < Vec<T>{});
 
-// out[i] = sum of the lanes of v[i]; v is destroyed.
-template <int COUNT, typename V, typename T>
-INLINE void totals(V* v, T* out) {
-  for (int i = 0; i < COUNT; i++) out[i] = total<T>(v[i]);
-}
-#if HAS_SHUFFLE
-// Half the lanes of a and b each: sums of neighbours.
-INLINE Vec<float> halve(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+// out[i] = v[which[i]]
+template <typename T>
+INLINE Vec<T> permute(Vec<T> v, Lanes<T> which) {
+#if defined(__clang__)
+  Vec<T> out;
+  for (long i = 0; i < Vector<T>::lanes; i++) out[i] = v[which[i]];
+  return out;
 #else
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  return __builtin_shuffle(v, which);
 #endif
 }
-template <int COUNT>
-INLINE void totals(Vec<float>* v, float* out) {
-  constexpr int L = Vector<float>::lanes, NOW = COUNT < L ? COUNT : L;
-#pragma GCC unroll 4
-  for (int width = 1; width < L; width *= 2)  // v[i width] holds the sums of `width` vectors
-#pragma GCC unroll 16
-    for (int i = 0; i < NOW; i += 2 * width) v[i] = halve(v[i], i + width < NOW ? v[i + width] : v[i]);
-  for (int i = 0; i < NOW; i++) out[i] = v[0][i];
-  if constexpr (COUNT > L) totals<COUNT - L>(v + L, out + L);
-}
-#endif
 
 long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 long ceil_div(long n, long d) { return (n + d - 1) / d; }
@@ -152,49 +137,107 @@ INLINE void transpose_plain(const T* src, long src_ld, T* dst, long dst_ld, long
 }
 
 #if HAS_SHUFFLE
-typedef float Eight __attribute__((vector_size(32)));
+template <int QUADS>
+struct QuadsOf;
+template <>
+struct QuadsOf<1> { typedef float type __attribute__((vector_size(16))); };
+template <>
+struct QuadsOf<2> { typedef float type __attribute__((vector_size(32))); };
+template <>
+struct QuadsOf<4> { typedef float type __attribute__((vector_size(64))); };
+template <int QUADS>
+using Quads = typename QuadsOf<QUADS>::type;
 
-INLINE void transpose_eight(const float* src, long src_ld, float* dst, long dst_ld, bool add) {
-  Eight a[8], b[8];
-  for (int i = 0; i < 8; i++) a[i] = load<float, Eight>(src + i * src_ld);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+// Four rows, STEP apart, of four numbers behind each other: loads that insert do without the one port that shuffles.
+template <int QUADS>
+INLINE Quads<QUADS> load_quads(const float* p, long step) {
+  if constexpr (QUADS == 1) return load<float, Quads<1>>(p);
+#if defined(__AVX512F__)
+  if constexpr (QUADS == 4) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + step), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * step), 2);
+    return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * step), 3);
   }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] = __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
+#endif
+  if constexpr (QUADS == 2)
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+}
+
+// Within each quad of a and b, units of SIZE numbers taken in turns from the first or second halves.
+template <int SIZE, int HALF, typename V, size_t... I>
+INLINE V zip(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(
+      a, b, (I / 4 * 4 + 2 * HALF + I % 4 / (2 * SIZE) * SIZE + I % SIZE + I % 4 / SIZE % 2 * sizeof...(I))...);
+}
+
+// 4 QUADS rows of four numbers.
+template <int QUADS>
+INLINE void transpose_quads(const float* src, long src_ld, float* dst, long dst_ld, bool add) {
+  typedef Quads<QUADS> V;
+  const std::make_index_sequence<4 * QUADS> all;
+  V a[4];
+  for (int i = 0; i < 4; i++) a[i] = load_quads<QUADS>(src + i * src_ld, 4 * src_ld);
+  const V low[2] = {zip<1, 0>(a[0], a[1], all), zip<1, 0>(a[2], a[3], all)};
+  const V high[2] = {zip<1, 1>(a[0], a[1], all), zip<1, 1>(a[2], a[3], all)};
+  const V out[4] = {zip<2, 0>(low[0], low[1], all), zip<2, 1>(low[0], low[1], all), zip<2, 0>(high[0], high[1], all),
+                    zip<2, 1>(high[0], high[1], all)};
   for (int j = 0; j < 4; j++) {
-    Eight low = __builtin_shufflevector(a[j], a[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    Eight high = __builtin_shufflevector(a[j], a[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    float *p = dst + j * dst_ld, *q = dst + (j + 4) * dst_ld;
-    store(p, add ? load<float, Eight>(p) + low : low);
-    store(q, add ? load<float, Eight>(q) + high : high);
+    float* p = dst + j * dst_ld;
+    store(p, add ? load<float, V>(p) + out[j] : out[j]);
   }
+}
+
+template <int QUADS>
+void transpose_rows(const float* src, long src_ld, float* dst, long dst_ld, long rows, long cols, bool add) {
+  constexpr long R = 4 * QUADS;
+  const long r = rows / R * R, c = cols / 4 * 4;
+  for (long i = 0; i < r; i += R) {
+    for (long j = 0; j < c; j += 4)
+      transpose_quads<QUADS>(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld, add);
+    transpose_plain(src + i * src_ld + c, src_ld, dst + c * dst_ld + i, dst_ld, R, cols - c, add);
+  }
+  src += r * src_ld, dst += r;
+  if constexpr (QUADS > 1)
+    transpose_rows<QUADS / 2>(src, src_ld, dst, dst_ld, rows - r, cols, add);
+  else
+    transpose_plain(src, src_ld, dst, dst_ld, rows - r, cols, add);
 }
 #endif
 
 template <typename T>
 void transpose(const T* src, long src_ld, T* dst, long dst_ld, long rows, long cols, bool add = false) {
+#if HAS_SHUFFLE
+  if constexpr (std::is_same_v<T, float>) {
+    transpose_rows<BYTES / 16>(src, src_ld, dst, dst_ld, rows, cols, add);
+    return;
+  }
+#endif
   transpose_plain(src, src_ld, dst, dst_ld, rows, cols, add);
 }
-#if HAS_SHUFFLE
-template <>
-void transpose<float>(const float* src, long src_ld, float* dst, long dst_ld, long rows, long cols, bool add) {
-  const long r = rows / 8 * 8, c = cols / 8 * 8;
-  for (long i = 0; i < r; i += 8)
-    for (long j = 0; j < c; j += 8) transpose_eight(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld, add);
-  if (c < cols) transpose_plain(src + c, src_ld, dst + c * dst_ld, dst_ld, r, cols - c, add);
-  if (r < rows) transpose_plain(src + r * src_ld, src_ld, dst + r, dst_ld, rows - r, cols, add);
+
+template <typename T, int LENGTH>
+INLINE void copy_runs_of(const T* src, long src_step, T* dst, long dst_step, long length, long runs) {
+  for (long i = 0; i < runs; i++)
+    std::memcpy(dst + i * dst_step, src + i * src_step, (LENGTH ? LENGTH : length) * sizeof(T));
 }
-#endif
+template <typename T>
+void copy_runs(const T* src, long src_step, T* dst, long dst_step, long length, long runs) {
+  const auto copy = length == 2   ? copy_runs_of<T, 2>
+                    : length == 4 ? copy_runs_of<T, 4>
+                    : length == 8 ? copy_runs_of<T, 8>
+                                  : copy_runs_of<T, 0>;
+  copy(src, src_step, dst, dst_step, length, runs);
+}
 
 struct Shape {
   long batch, channels, bases, height, width;
   long per_group() const { return channels / bases; }
   long pitch() const { return width + 1; }
+  // Length of mix, repeated, at which a vector may be read from each of its N numbers that begins one.
+  long mix_period(long lanes) const {
+    return lanes % bases == 0 ? lanes : bases % lanes == 0 ? bases : bases + lanes;
+  }
   // Groups that are handled together: of channels-last memory whole cache lines are read.
   long chunk() const { return ceil_div(bases, std::max(1L, std::min(bases, channels / 16))); }
   long chunks() const { return ceil_div(bases, chunk()); }
@@ -229,6 +272,21 @@ struct Image {
         for (long ch = 0; ch < count; ch++)
           std::memcpy(dst + ch * stride, line(image, first + ch, row), width * sizeof(T));
       for (long ch = 0; ch < count; ch++) dst[ch * stride + width] = 0;
+    }
+  }
+
+  // Rows [top, bottom) -> the channels of one position behind those of another, with zeros as in pack.
+  void pack_pixels(long image, long first, long count, long top, long bottom, Value* dst, long step) const {
+    for (long row = top; row < bottom; row++, dst += (width + 1) * step) {
+      if (row < 0 || row >= height) {
+        std::memset(dst, 0, (width + 1) * step * sizeof(T));
+        continue;
+      }
+      if (channels_last)
+        copy_runs<Value>(pixel(image, row) + first, channels, dst, step, count, width);
+      else
+        transpose<Value>(line(image, first, row), height * width, dst, step, count, width);
+      std::memset(dst + width * step, 0, step * sizeof(T));
     }
   }
 
@@ -359,10 +417,11 @@ bool forward(const Shape& s, const Image<const T>& x, const T* weight, const T* 
 // --------------------------------------------------------------------------------- backward: gradients of x and mix
 
 // With U[n][k] = sum_co w[k][co][n] gy[co]: column[k] (+)= sum_n mix[n] U[n][k] and grad_mix[n] += sum_k x[k] U[n][k],
-// for the nine k of one input channel. FEW is the number of output channels if they fit into registers, else 0.
+// for the nine k of one input channel; with a bias also grad_mix[n] += sum_co bias[co][n] gy[co]. FEW is the number of
+// output channels if they fit into registers, else 0.
 template <typename T, int BASES, int FEW>
-void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix, const T* gy, long stride, T* columns,
-                  long column_stride, long per_group, long vectors, bool add) {
+void back_channel(const T* x, long pitch, const T* w, const T* bias, long bases, const T* mix, T* grad_mix, const T* gy,
+                  long stride, T* columns, long column_stride, long per_group, long vectors, bool add) {
   constexpr long L = Vector<T>::lanes;
   for (long v = 0; v < vectors; v++, x += L, mix += L, grad_mix += L, gy += L, columns += L) {
     Vec<T> m[BASES], gm[BASES];
@@ -371,6 +430,12 @@ void back_channel(const T* x, long pitch, const T* w, const T* mix, T* grad_mix,
     Vec<T> g[FEW > 0 ? FEW : 1];
 #pragma GCC unroll 4
     for (int co = 0; co < FEW; co++) g[co] = in_register(load(gy + co * stride));
+    if (bias)
+      for (long co = 0; co < per_group; co++) {
+        const Vec<T> go = in_register(load(gy + co * stride));
+#pragma GCC unroll 8
+        for (int n = 0; n < BASES; n++) gm[n] += bias[co * bases + n] * go;
+      }
     const T *wk = w, *row = x - pitch - 1;
     T* column = columns;
     for (int dy = 0; dy < 3; dy++, row += pitch)
@@ -428,18 +493,6 @@ void scatter(const T* columns, long column_stride, long vectors, T* x, long pitc
   }
 }
 
-// grad_mix[n] += sum_co bias[co][n] gy[co]
-template <typename T>
-void back_bias(const T* bias, long bases, const T* gy, T* grad_mix, long stride, long per_group, long vectors) {
-  constexpr long L = Vector<T>::lanes;
-  for (long n = 0; n < bases; n++)
-    for (long v = 0; v < vectors; v++) {
-      Vec<T> sum = load(grad_mix + n * stride + v * L);
-      for (long co = 0; co < per_group; co++) sum += bias[co * bases + n] * load(gy + co * stride + v * L);
-      store(grad_mix + n * stride + v * L, sum);
-    }
-}
-
 // Weights (C N, c, 3, 3) -> per group: blocks of BASES bases: k: output channels: bases.
 template <typename T, int BASES>
 void pack_weights_back(const Shape& s, const T* weight, T* out) {
@@ -494,12 +547,12 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
           for (long v = 0; v < vectors; v += BLOCK) {
             const long count = std::min(BLOCK, vectors - v);
             const T* gyg = gys + g * c * stride + v * L;
-            back_bias(bias + (first + g) * c * s.bases, s.bases, gyg, gms + v * L, stride, c, count);
             std::memset(columns, 0, 9 * column_stride * sizeof(T));
             for (long ci = 0; ci < c; ci++) {
               const long at = (g * c + ci) * x_stride + lead + pitch + v * L;
               for (long b = 0; b < blocks; b++)
                 back(xs + at, pitch, packed + (((first + g) * blocks + b) * k + ci * 9) * c * BASES,
+                     ci > 0 ? nullptr : bias + (first + g) * c * s.bases + b * BASES, s.bases,
                      ms + b * BASES * stride + v * L, gms + b * BASES * stride + v * L, gyg, stride, columns + L,
                      column_stride, c, count, b > 0);
               scatter(columns + L, column_stride, count, gxs + at, pitch);
@@ -517,95 +570,137 @@ bool backward_inputs(const Shape& s, const Image<const T>& x, const T* weight, c
 
 // ------------------------------------------------------------------------------ backward: gradients of weight and bias
 
-// grad[n][ci][k] += sum_p gz[n][p] x[ci][k][p] for BASES bases, INPUTS input channels and the three k of one row.
-template <typename T, int BASES, int INPUTS>
-void outer(const T* row, long channel_stride, long x_segment, const T* gz, long gz_stride, long gz_segment,
-                  long segments, long vectors, T* grad, long grad_stride) {
-  constexpr long L = Vector<T>::lanes;
-  Vec<T> sums[BASES * INPUTS * 3] = {};
-  for (long i = 0; i < segments; i++) {
-    const T *x = row + i * x_segment, *z = gz + i * gz_segment;
-    for (long v = 0; v < vectors; v++, x += L, z += L) {
-      Vec<T> zn[BASES];
-#pragma GCC unroll 4
-      for (int n = 0; n < BASES; n++) zn[n] = load(z + n * gz_stride);
-#pragma GCC unroll 2
-      for (int ci = 0; ci < INPUTS; ci++)
+// Here the lanes of a vector are neither positions nor channels but the C rows of A of one group: neighbouring (c, n).
+
+// grad[row][ci][dx] += sum_p x[p + row * pitch + dx][ci] gz[p] for ROWS of the three rows and INPUTS channels.
+template <typename T, int VECTORS, int ROWS, int INPUTS>
+void outer(const T* x, long step, long row_step, const T* gz, long positions, T* grad, long grad_row) {
+  constexpr long L = Vector<T>::lanes, BLOCK = VECTORS * L;
+  Vec<T> sums[ROWS][INPUTS * 3][VECTORS];
 #pragma GCC unroll 3
-        for (int dx = 0; dx < 3; dx++) {
-          const Vec<T> xv = in_register(load(x + ci * channel_stride + dx));
+  for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 12
+    for (int j = 0; j < INPUTS * 3; j++)
 #pragma GCC unroll 4
-          for (int n = 0; n < BASES; n++) sums[(n * INPUTS + ci) * 3 + dx] += zn[n] * xv;
-        }
+      for (int v = 0; v < VECTORS; v++) sums[row][j][v] = load(grad + row * grad_row + j * BLOCK + v * L);
+  for (long p = 0; p < positions; p++, x += step, gz += BLOCK) {
+    Vec<T> z[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) z[v] = load(gz + v * L);
+#pragma GCC unroll 3
+    for (int row = 0; row < ROWS; row++) {
+      const T* from = x + row * row_step;
+      asm("" : "+r"(from));  // else there are more addresses than registers
+#pragma GCC unroll 12
+      for (int j = 0; j < INPUTS * 3; j++) {
+        Vec<T> xv = from[j % 3 * step + j / 3] - Vec<T>{};
+        if (VECTORS > 1) xv = in_register(xv);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[row][j][v] += z[v] * xv;
+      }
     }
   }
-  T found[BASES * INPUTS * 3];
-  totals<BASES * INPUTS * 3>(sums, found);
-  for (int n = 0; n < BASES; n++)
-    for (int ci = 0; ci < INPUTS; ci++)
-      for (int dx = 0; dx < 3; dx++) grad[n * grad_stride + ci * 9 + dx] += found[(n * INPUTS + ci) * 3 + dx];
+#pragma GCC unroll 3
+  for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 12
+    for (int j = 0; j < INPUTS * 3; j++)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) store(grad + row * grad_row + j * BLOCK + v * L, sums[row][j][v]);
 }
 
-// Gradients into grad (splits, C N, 9 c) and grad_bias (splits, C N), zero at first; split i takes every i-th strip.
-template <typename T, int BASES>
+// gz[p][lane] = gy[p][lane / N] mix[p][lane % N] for the lanes from `first` on, and their sums. `which` tells for each
+// lane how many channels it is beyond the first lane of its vector.
+template <typename T, int VECTORS>
+void spread(const T* gy, long step, const T* mix, long mix_step, const T* which, long bases, long first, long positions,
+            T* gz, T* grad_bias) {
+  constexpr long L = Vector<T>::lanes;
+  Vec<T> sums[VECTORS] = {};
+  Lanes<T> lanes[VECTORS];
+  const T *from[VECTORS], *with[VECTORS];
+  for (long v = 0; v < VECTORS; v++) {
+    from[v] = gy + (first + v * L) / bases, with[v] = mix + (first + v * L) % bases;
+    lanes[v] = load<T, Lanes<T>>(which + first + v * L);
+  }
+  for (long p = 0; p < positions; p++, gz += VECTORS * L)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      const Vec<T> z = permute<T>(load(from[v] + p * step), lanes[v]) * load(with[v] + p * mix_step);
+      store(gz + v * L, z);
+      sums[v] += z;
+    }
+  for (long v = 0; v < VECTORS; v++) store(grad_bias + v * L, load(grad_bias + v * L) + sums[v]);
+}
+
+template <typename T, int VECTORS>
 bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const T>& mix, const Image<const T>& gy,
                       T* grad, T* grad_bias, long splits) {
-  constexpr long L = Vector<T>::lanes, POSITIONS = 1024;
-  const long c = s.per_group(), k = 9 * c, pitch = s.pitch();
-  const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c;
-  const long rows = std::max(1L, std::min(s.height, POSITIONS / pitch)), strips = ceil_div(s.height, rows);
-  const long images = std::max(1L, std::min(s.batch, POSITIONS / (s.height * pitch)));
-  const long tiles = ceil_div(s.batch, images) * strips, lead = L;
-  const long x_segment = plane<T>(lead + (rows + 2) * pitch), segment = round_up(rows * pitch, L);
-  const long x_stride = images * x_segment, stride = plane<T>(images * segment);
-  const long elements = width * x_stride + (width + s.bases + BASES) * stride;
+  constexpr long L = Vector<T>::lanes, BLOCK = VECTORS * L, POSITIONS = 16384 / sizeof(T) / BLOCK;
+  constexpr int ROWS = VECTORS == 1 ? 3 : 1, SOME = MAX_BASES / 4, MANY = VECTORS == 2 ? 2 * SOME : SOME;
+  const long c = s.per_group(), pitch = s.pitch(), lanes = c * s.bases, blocks = ceil_div(lanes, BLOCK);
+  const long chunk = s.chunk(), chunks = s.chunks(), width = chunk * c, mix_step = s.mix_period(L);
+  const long rows = strip_rows(s, 2 * width + mix_step), strips = ceil_div(s.height, rows);
+  const long grad_row = 3 * c * BLOCK, grad_block = 3 * grad_row + BLOCK;
+  const long inputs = c % MANY == 0 ? MANY : c % SOME == 0 ? SOME : 1;
+  const auto add = inputs == MANY   ? outer<T, VECTORS, ROWS, MANY>
+                   : inputs == SOME ? outer<T, VECTORS, ROWS, SOME>
+                                    : outer<T, VECTORS, ROWS, 1>;
+  const long elements = chunk * blocks * grad_block + (POSITIONS + blocks) * BLOCK + rows * pitch * mix_step +
+                        ((2 * rows + 2) * pitch + 2) * width + L;
   return parallel<T>(chunks * splits, elements, [&](long item, T* scratch) {
     const long first = item / splits * chunk, groups = std::min(chunk, s.bases - first), split = item % splits;
-    T *xs = scratch, *gys = xs + width * x_stride, *ms = gys + width * stride, *gz = ms + s.bases * stride;
-    for (long tile = split; tile < tiles; tile += splits) {
-      const long start = tile / strips * images, segments = std::min(images, s.batch - start);
-      const long top = tile % strips * rows, bottom = std::min(s.height, top + rows);
-      const long positions = (bottom - top) * pitch, vectors = ceil_div(positions, L);
-      for (long i = 0; i < segments; i++) {
-        T* p = xs + i * x_segment;
-        x.pack(start + i, first * c, groups * c, top - 1, bottom + 1, p + lead, x_stride);
-        for (long ch = 0; ch < groups * c; ch++)
-          clear_ends(p + ch * x_stride, 1, x_segment, lead, lead + positions + 2 * pitch);
-        gy.pack(start + i, first * c, groups * c, top, bottom, gys + i * segment, stride);
-        mix.pack(start + i, 0, s.bases, top, bottom, ms + i * segment, stride);
-        for (long ch = 0; ch < groups * c; ch++)
-          std::memset(gys + ch * stride + i * segment + positions, 0, (vectors * L - positions) * sizeof(T));
-        for (long n = 0; n < s.bases; n++)
-          std::memset(ms + n * stride + i * segment + positions, 0, (vectors * L - positions) * sizeof(T));
-      }
-      for (long g = 0; g < groups; g++)
-        for (long co = 0; co < c; co++) {
-          const long output = (first + g) * c + co;
-          for (long n = 0; n < s.bases; n += BASES) {
-            Vec<T> sums[BASES] = {};
-            for (long i = 0; i < segments; i++)
-              for (long at = i * segment; at < i * segment + vectors * L; at += L) {
-                const Vec<T> grad_y = load(gys + (g * c + co) * stride + at);
-#pragma GCC unroll 4
-                for (long j = 0; j < BASES; j++) {
-                  const Vec<T> z = grad_y * load(ms + (n + j) * stride + at);
-                  store(gz + j * stride + at, z);
-                  sums[j] += z;
-                }
-              }
-            for (long j = 0; j < BASES; j++)
-              grad_bias[split * s.channels * s.bases + output * s.bases + n + j] += total<T>(sums[j]);
-            T* to = grad + ((split * s.channels + output) * s.bases + n) * k;
-            for (long ci = 0; ci < c; ci += 2)
-              for (long dy = 0; dy < 3; dy++) {
-                const T* row = xs + (g * c + ci) * x_stride + lead + dy * pitch - 1;
-                const auto add = ci + 1 < c ? outer<T, BASES, 2> : outer<T, BASES, 1>;
-                add(row, x_stride, x_segment, gz, stride, segment, segments, vectors, to + ci * 9 + dy * 3, k);
-              }
-          }
+    T *grads = scratch, *gz = grads + chunk * blocks * grad_block, *which = gz + POSITIONS * BLOCK;
+    T *ms = which + blocks * BLOCK, *xs = ms + rows * pitch * mix_step, *gys = xs + ((rows + 2) * pitch + 2) * width;
+    std::memset(grads, 0, chunk * blocks * grad_block * sizeof(T));
+    for (long lane = 0; lane < blocks * BLOCK; lane += L) {
+      Lanes<T> channels;
+      for (long i = 0; i < L; i++) channels[i] = (lane % s.bases + i) / s.bases;
+      store(which + lane, channels);
+    }
+    for (long tile = split; tile < s.batch * strips; tile += splits) {
+      const long image = tile / strips, top = tile % strips * rows, bottom = std::min(s.height, top + rows);
+      const long positions = (bottom - top) * pitch;
+      mix.pack_pixels(image, 0, s.bases, top, bottom, ms, mix_step);
+      for (long n = s.bases; n < mix_step; n += s.bases)
+        copy_runs(ms, mix_step, ms + n, mix_step, std::min(s.bases, mix_step - n), positions);
+      x.pack_pixels(image, first * c, groups * c, top - 1, bottom + 1, xs + width, width);
+      std::memset(xs, 0, width * sizeof(T));
+      std::memset(xs + (positions + 2 * pitch + 1) * width, 0, width * sizeof(T));
+      gy.pack_pixels(image, first * c, groups * c, top, bottom, gys, width);
+      std::memset(gys + positions * width, 0, L * sizeof(T));
+      for (long p = 0; p < positions; p += POSITIONS)
+        for (long i = 0; i < groups * blocks; i++) {
+          const long g = i / blocks, b = i % blocks, some = std::min(POSITIONS, positions - p);
+          T* to = grads + i * grad_block;
+          spread<T, VECTORS>(gys + p * width + g * c, width, ms + p * mix_step, mix_step, which, s.bases, b * BLOCK,
+                             some, gz, to + 3 * grad_row);
+          for (long row = 0; row < 3; row += ROWS)
+            for (long ci = 0; ci < c; ci += inputs)
+              add(xs + (p + row * pitch) * width + g * c + ci, width, pitch * width, gz, some,
+                  to + row * grad_row + ci * 3 * BLOCK, grad_row);
         }
     }
+    for (long g = 0; g < groups; g++)
+      for (long lane = 0; lane < lanes; lane++) {
+        const T* from = grads + (g * blocks + lane / BLOCK) * grad_block + lane % BLOCK;
+        const long out = split * s.channels * s.bases + (first + g) * lanes + lane;
+        for (long ci = 0; ci < c; ci++)
+          for (long at = 0; at < 9; at++)
+            grad[(out * c + ci) * 9 + at] = from[at / 3 * grad_row + (ci * 3 + at % 3) * BLOCK];
+        grad_bias[out] = from[3 * grad_row];
+      }
   });
+}
+
+// Gradients into grad (splits, C N, 9 c) and grad_bias (splits, C N); split i takes every i-th strip.
+template <typename T>
+bool backward_weights(const Shape& s, const Image<const T>& x, const Image<const T>& mix, const Image<const T>& gy,
+                      T* grad, T* grad_bias, long splits) {
+  const long vectors = ceil_div(s.channels, Vector<T>::lanes);
+  const auto run = MAX_BASES == 8 && vectors % 4 == 0 ? backward_weights<T, 4>
+                   : vectors % 3 == 0 ? backward_weights<T, 3>
+                   : vectors % 2 == 0 ? backward_weights<T, 2>
+                                      : backward_weights<T, 1>;
+  return run(s, x, mix, gy, grad, grad_bias, splits);
 }
 
 // ------------------------------------------------------------------------------------------------------------ entries
@@ -631,12 +726,7 @@ int run_backward(const Shape& s, const T* x, const T* weight, const T* bias, con
   const Image<T> gxi{gx, s.channels, s.height, s.width, x_last != 0};
   const Image<T> gmi{gm, s.bases, s.height, s.width, mix_last != 0};
   bool good = true;
-  if (gw && MAX_BASES == 8 && s.bases % 4 == 0)
-    good = backward_weights<T, MAX_BASES / 2>(s, xi, mi, gyi, gw, gb, weight_splits);
-  else if (gw && s.bases % 2 == 0)
-    good = backward_weights<T, 2>(s, xi, mi, gyi, gw, gb, weight_splits);
-  else if (gw)
-    good = backward_weights<T, 1>(s, xi, mi, gyi, gw, gb, weight_splits);
+  if (gw) good = backward_weights<T>(s, xi, mi, gyi, gw, gb, weight_splits);
   if (!gx || !good) return !good;
   if (MAX_BASES == 8 && s.bases % 8 == 0)
     return !backward_inputs<T, MAX_BASES>(s, xi, weight, bias, mi, gyi, gxi, gmi, partial_mix, mix_splits);

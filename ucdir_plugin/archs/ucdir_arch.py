@@ -431,6 +431,11 @@ class UCDIR(nn.Module):
             )
         return initial
 
+    def compile_networks(self) -> None:
+        """torch.compile both networks in place, so that the keys of the weights stay."""
+        self.denoise_fn.compile()
+        self.predictor.compile()
+
     def prepare(self, initial: torch.Tensor) -> Any:
         """The guide as :meth:`denoise` takes it, with all computed that does not change between sampling steps."""
         guide_features = getattr(self.denoise_fn, "guide_features", None)

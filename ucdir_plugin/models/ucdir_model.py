@@ -93,10 +93,8 @@ class UCDIRModel(SRModel):
         self._reset_log()
 
     def _compiled(self, net: torch.nn.Module) -> torch.nn.Module:
-        """In place, so that the keys of the weights stay."""
         if self.opt.get("compile"):
-            net.denoise_fn.compile()
-            net.predictor.compile()
+            net.compile_networks()
         return net
 
     def _autocast(self, dtype: Optional[torch.dtype]) -> torch.autocast:

@@ -1,0 +1,79 @@
+"""Restore a photograph, or all of a folder.
+
+python tools/restore.py -opt options/demo_ucdir.yml -i photo.jpg -o restored/
+python tools/restore.py --model mine.safetensors -i photos/ -o restored/ --sampler ddim --steps 20
+
+Any size works: images larger than --tile are restored in patches, in little more memory than the image itself takes.
+Beside each result NAME.png, NAME.json says how it was made. Results that are there already are kept (--overwrite).
+"""
+
+import argparse
+import sys
+
+from ucdir_plugin.errors import UserError, run_cli
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("-opt", metavar="FILE.yml", help="option file; what it trained last is used, or --weights")
+    which.add_argument("--model", metavar="FILE", help="model file (.safetensors), made by tools/convert_weights.py")
+    add("-i", "--input", required=True, help="image, or folder with images in it and below")
+    add("-o", "--output", required=True, help="folder for the results; for one image also a .png or .jpg file")
+    add("--weights", metavar="FILE", help="weights for -opt (.pth, .safetensors)")
+    add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
+    add("--steps", type=int, help="sampling steps")
+    add("--tile", type=int, help="longest side of a patch (default: the option file's, else 1024); 0: images whole")
+    add("--overlap", type=int, help="pixels dropped at each inner border of a patch (default: the file's, else 64)")
+    add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of the option file's val:sampling")
+    add("--seed", type=int, help="the same seed gives the same results (default: the option file's manual_seed)")
+    add("--samples", type=int, default=1, metavar="K", help="K results, their mean, and a map of their spread")
+    add(
+        "--blend",
+        type=float,
+        default=1,
+        metavar="L",
+        help="prediction + L * residual: 0 smooth .. 1 detailed (default)",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="in which the networks compute; fp16 on CUDA only")
+    add("--overwrite", action="store_true", help="restore also what has been restored before")
+    add("--max-pixels", type=float, help="refuse larger images, by their header (default: 250e6)")
+    add("--scratch", metavar="DIR", help="keep image-sized data in files there: for images too large for the memory")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.weights and not args.opt:
+        raise UserError("--weights goes with -opt; a model file has its weights in it")
+    from ucdir_plugin import memory, restorer
+    from ucdir_plugin.options import read_assignments
+    from ucdir_plugin.pipeline import restore_files
+
+    memory.keep_freed_memory()
+    sampling = read_assignments(args.set, "--set")
+    for key in ("sampler", "steps", "tile", "overlap"):
+        if getattr(args, key) is not None:
+            sampling[key] = getattr(args, key)
+    model = restorer.load_model(
+        args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling
+    )
+    for name, text in model.notes.items():
+        print(f"{model.about['model']}: {name}: {text}")
+    return restore_files(
+        model,
+        args.input,
+        args.output,
+        seed=args.seed,
+        samples=args.samples,
+        blend=args.blend,
+        overwrite=args.overwrite,
+        max_pixels=int(args.max_pixels or restorer.MAX_PIXELS),
+        scratch=args.scratch,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,49 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from typing import BinaryIO, Iterator
+
+from ucdir_plugin.errors import WriteError
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """An open binary file with a temporary name, flushed to the disk and renamed to ``path`` at the end of the block.
+
+    Readers see the old file or the new one. The folder is made; after an error nothing is left behind, and what a
+    killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.checkpoint.remove_leftovers`).
+
+    Raises:
+        WriteError: if it cannot be written; names the path, the reason and the free space.
+    """
+    path = os.path.abspath(os.fspath(path))
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as err:  # RuntimeError: torch.save's, where the disk is full
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free" if os.path.isdir(folder) else "no such folder"
+        reason = getattr(err, "strerror", None) or "writing failed"
+        raise WriteError(f"cannot write {path}: {reason} ({free})") from err
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_atomically(content: bytes, path: str | os.PathLike) -> None:
+    """Write ``content`` by :func:`atomic_write`.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write(content)

@@ -1,0 +1,382 @@
+"""A photograph or a folder in, restored ones out: what tools/restore.py does.
+
+Beside each result NAME.png lies NAME.json, which says how it was made. Both are renamed into place when they are
+complete, so that an image with its JSON is a finished one, and a second run passes it over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ucdir_plugin import imageio, memory
+from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.files import write_atomically
+from ucdir_plugin.report import write_text
+from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+
+
+class Job(NamedTuple):
+    """An image to restore.
+
+    Attributes:
+        key: its path relative to the input folder, which names it to the noise, as in validation and test.
+        path: where it is.
+        stem: path of its results without their extension.
+        size: (height, width).
+    """
+
+    key: str
+    path: str
+    stem: str
+    size: Tuple[int, int]
+
+
+def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]:
+    """What there is to do.
+
+    Args:
+        source: an image, or a folder with images in it and below.
+        target: a folder; for one image also a file with an image's extension.
+
+    Returns:
+        jobs; key -> reason of images that cannot be read; extension of the results.
+
+    Raises:
+        UserError: if there is no image, or no place for results.
+    """
+    root, extension = source, ".png"
+    if os.path.isdir(source):
+        if os.path.realpath(source) == os.path.realpath(target):
+            raise UserError(f"-o {target} is the folder of the input: name another one, nothing is overwritten there")
+        keys = imageio.list_images(source, "-i", skip=target)
+    elif os.path.isfile(source):
+        root, name = os.path.split(source)
+        keys = [name]
+    else:
+        raise UserError(f"-i {source} does not exist")
+    stems = [os.path.join(target, stem) for stem in _stems(keys)]
+    if os.path.isfile(source) and os.path.splitext(target)[1] and not os.path.isdir(target):
+        extension = os.path.splitext(target)[1]
+        imageio.check_output(extension)
+        stems = [os.path.splitext(target)[0]]
+    if os.path.isfile(source) and os.path.realpath(f"{stems[0]}{extension}") == os.path.realpath(source):
+        raise UserError(f"-o {target} would overwrite the input: name another one")
+    jobs, unreadable = [], {}
+    for key, stem in zip(keys, stems):
+        path = os.path.join(root, key)
+        try:
+            jobs.append(Job(key, path, stem, imageio.image_size(path)))
+        except UserError as err:
+            unreadable[key] = str(err)
+    return jobs, unreadable, extension
+
+
+def _stems(keys: List[str]) -> List[str]:
+    """Keys without their extension, but where two would be the same: a.jpg and a.png become a_jpg and a_png."""
+    plain = [os.path.splitext(key)[0] for key in keys]
+    return [
+        stem if plain.count(stem) == 1 else f"{stem}_{os.path.splitext(key)[1][1:]}" for key, stem in zip(keys, plain)
+    ]
+
+
+def read_record(stem: str) -> Optional[Dict[str, Any]]:
+    """The JSON of an earlier run beside ``stem``; None if there is none of ours."""
+    with contextlib.suppress(OSError, ValueError), open(f"{stem}.json", encoding="utf-8") as file:
+        record = json.load(file)
+        if isinstance(record, dict) and {"input", "outputs", "settings"} <= record.keys():
+            return record
+    return None
+
+
+def _is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
+    folder = os.path.dirname(job.stem)
+    return (
+        record is not None
+        and record["input"] == job.key
+        and all(os.path.isfile(os.path.join(folder, name)) for name in record["outputs"])
+    )
+
+
+class _Results:
+    """The files of one image: written under hidden names, then renamed together, the record first."""
+
+    def __init__(self, job: Job, extension: str):
+        self.job, self.extension = job, extension
+        self.folder, self.name = os.path.split(job.stem)
+        self.hidden: Dict[str, str] = {}
+        self.fault: Optional[Exception] = None
+        self.finished = False
+
+    def write(self, image: torch.Tensor, photo: imageio.Photo, suffix: str = "") -> None:
+        """(1, 3, H, W) in [0, 1], as NAME + suffix. What is wrong with the image itself becomes ``fault``."""
+        name = f"{self.name}{suffix}{self.extension}"
+        try:
+            content = imageio.encode_result(image[0], photo, self.extension)
+        except (UserError, MemoryError) as err:
+            self.fault = err
+            return
+        self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
+        write_atomically(content, self.hidden[name])
+
+    def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]], say: Callable[[str], None]) -> None:
+        if self.fault is not None:
+            return
+        record = {"input": self.job.key, "outputs": list(self.hidden), **record}
+        write_text(json.dumps(record, indent=1), f"{self.job.stem}.json")
+        for name in record["outputs"]:
+            os.replace(self.hidden.pop(name), os.path.join(self.folder, name))
+        for name in set(earlier["outputs"] if earlier else ()) - set(record["outputs"]):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, os.path.basename(name)))
+        self.finished = True
+        main = next((name for name in record["outputs"] if "_mean." in name), record["outputs"][0])
+        say(f"{self.job.key} -> {os.path.join(self.folder, main)}  {record['seconds']:.1f} s")
+
+    def remove_unfinished(self) -> None:
+        for path in self.hidden.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
+class _Writer:
+    """Encodes and writes in a thread of its own while the next image is computed; one result waits at the most."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Optional[Future] = None
+
+    def submit(self, function: Callable[..., None], *args: Any) -> None:
+        self.wait()
+        self.pending = self.pool.submit(function, *args)
+
+    def wait(self) -> None:
+        """
+        Raises:
+            what the last task raised.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+class _Bar:
+    """One bar over images, steps and patches, in pixels that the networks compute; lines only where no terminal is."""
+
+    def __init__(self, work: int):
+        self.bar = tqdm(
+            total=work, disable=None, leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        )
+
+    def image(self, number: int, count: int, key: str) -> None:
+        self.head = f"{number}/{count} {key}"
+        self.bar.set_description_str(self.head)
+
+    def step(self, step: int, steps: int) -> None:
+        self.bar.set_description_str(f"{self.head} step {step + 1}/{steps}", refresh=False)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def restore_files(
+    model: Restorer,
+    source: str,
+    target: str,
+    *,
+    seed: Optional[int] = None,
+    samples: int = 1,
+    blend: float = 1.0,
+    overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    scratch: Optional[str] = None,
+) -> int:
+    """Restore an image or a folder of images; a line for each, and the failures at the end.
+
+    With ``samples`` K > 1, NAME_sample1 ... NAME_sampleK, their mean NAME_mean, and NAME_spread, the standard
+    deviation between them with white for the largest, whose value is in the JSON (``spread_white``).
+
+    Args:
+        source, target: see :func:`find_jobs`.
+        seed, samples, blend: see :meth:`Restorer.run`.
+        overwrite: restore also what has been restored before.
+        max_pixels: larger images are refused.
+        scratch: a folder for the image-sized tensors of sampling, which else are in memory.
+
+    Returns:
+        exit code: 0, or 1 if some of several images failed.
+
+    Raises:
+        UserError: if nothing could be restored, or results cannot be written.
+    """
+    model.check(samples, blend)
+    jobs, failed, extension = find_jobs(source, target)
+    if not jobs:
+        _give_up(source, failed)
+    _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
+    if scratch is not None and model.device.type != "cpu":
+        raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
+    empty = torch.empty if scratch is None else memory.file_backed(scratch)
+    settings = model.settings(seed, samples, blend)
+    records = {job: read_record(job.stem) for job in jobs}
+    skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
+    otherwise = sum(records[job]["settings"] != settings for job in skipped)
+    todo = [job for job in jobs if job not in set(skipped)]
+    counted = [job for job in todo if job.size[0] * job.size[1] <= max_pixels]
+    bar = _Bar(sum(model.plan(*job.size).pixels for job in counted) * samples * bool(blend))
+    writer = _Writer()
+    every: List[_Results] = []
+    try:
+        for number, job in enumerate(todo, 1):
+            bar.image(number, len(todo), job.key)
+            results = _Results(job, extension)
+            every.append(results)
+            try:
+                if not overwrite:
+                    _keep_foreign(results, records[job], samples)
+                record = _restore_one(model, job, results, writer, bar, seed, samples, blend, max_pixels, empty)
+            except WriteError:
+                raise
+            except (UserError, RuntimeError, MemoryError, ValueError) as err:
+                results.fault = err
+            else:
+                writer.submit(results.finish, {**record, "settings": settings}, records[job], bar.say)
+        writer.wait()
+    finally:
+        writer.pool.shutdown()
+        for results in every:
+            results.remove_unfinished()
+        bar.bar.close()
+    failed.update((results.job.key, _reason(results.fault)) for results in every if results.fault is not None)
+    if skipped:
+        note = f", {otherwise} of them with other settings" if otherwise else ""
+        print(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
+    if failed and not skipped and not any(results.finished for results in every):
+        _give_up(source, failed)
+    for key, reason in failed.items():
+        print(f"failed: {key}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _restore_one(
+    model: Restorer,
+    job: Job,
+    results: _Results,
+    writer: _Writer,
+    bar: _Bar,
+    seed: Optional[int],
+    samples: int,
+    blend: float,
+    max_pixels: int,
+    empty: Callable[..., torch.Tensor],
+) -> Dict[str, Any]:
+    """Compute, and hand over for writing; returns the record."""
+    started = time.perf_counter()
+    memory.reset_peak(model.device)
+    if empty is torch.empty and model.device.type == "cpu":
+        _check_memory(model, job, samples)
+    photo = imageio.read_photo(job.path, max_pixels)
+    imageio.check_output(results.extension, photo, model.scale)
+    height, width = photo.pixels.shape[:2]
+    lq = imageio.to_tensor(photo, empty)
+    # Of the pixels only shape and type are still needed.
+    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1], photo.pixels.shape))
+    drawn = model.run(
+        lq,
+        job.key,
+        seed=seed,
+        samples=samples,
+        blend=blend,
+        empty=empty,
+        progress=bar.bar.update,
+        callback=lambda step, x_t, x0: bar.step(step, model.options.steps),
+    )
+    del lq
+    record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    moments = Moments()
+    for number, result in enumerate(drawn.samples, 1):
+        if samples > 1:
+            moments.add(result)
+        writer.submit(results.write, result, photo, f"_sample{number}" if samples > 1 else "")
+    if samples > 1:
+        writer.submit(results.write, moments.mean, photo, "_mean")
+        spread = moments.spread
+        white = float(spread.max())
+        gray = dataclasses.replace(photo, gray=True, alpha=None, icc_profile=None)
+        writer.submit(results.write, (spread / (white or 1)).expand(-1, 3, -1, -1), gray, "_spread")
+        record.update(spread_white=white, spread_mean=float(spread.mean()))
+    record.update(
+        cost(model, height, width, samples, blend),
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory=memory.peak(model.device),
+        device=str(model.device),
+        versions=versions(),
+    )
+    return record
+
+
+def _check_memory(model: Restorer, job: Job, samples: int) -> None:
+    need, free = model.state_bytes(*job.size, samples), memory.available()
+    if free is not None and need > free:
+        raise UserError(
+            f"{job.size[1]}x{job.size[0]} pixels need {need / 2**30:.1f} GB beside the networks, {free / 2**30:.1f} GB"
+            " are free: add --scratch DIR, a folder on a disk with that room"
+        )
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, UserError):
+        return str(err)
+    text = str(err).strip().splitlines()[0] if str(err).strip() else "no message"
+    if isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        return "not enough memory: take a smaller --tile"
+    return f"{type(err).__name__}: {text}"
+
+
+def _keep_foreign(results: _Results, record: Optional[Dict[str, Any]], samples: int) -> None:
+    """
+    Raises:
+        UserError: if a file that no record claims is where a result would go.
+    """
+    names = [*(f"_sample{i + 1}" for i in range(samples)), "_mean", "_spread"] if samples > 1 else [""]
+    ours = record["outputs"] if record else []
+    for name in (f"{results.name}{suffix}{results.extension}" for suffix in names):
+        if name not in ours and os.path.exists(os.path.join(results.folder, name)):
+            raise UserError(
+                f"{os.path.join(results.folder, name)} is there already, and no record beside it says that it is a"
+                " result: move it away, name another -o, or add --overwrite"
+            )
+
+
+def _check_writable(folder: str) -> None:
+    """
+    Raises:
+        UserError: if results cannot be written there, before hours of work.
+    """
+    probe = os.path.join(folder or ".", f".ucdir_{os.getpid()}.tmp")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        with open(probe, "wb"):
+            pass
+        os.remove(probe)
+    except OSError as err:
+        raise UserError(f"-o: cannot write in {folder or '.'}: {err.strerror}") from err
+
+
+def _give_up(source: str, failed: Dict[str, str]) -> None:
+    if os.path.isfile(source):
+        raise UserError(next(iter(failed.values())))
+    for key, reason in failed.items():
+        print(f"failed: {key}: {reason}", file=sys.stderr)
+    raise UserError(f"none of the {len(failed)} images of {source} could be restored; the reasons are above")
