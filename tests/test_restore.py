@@ -283,6 +283,9 @@ def test_nothing_of_the_user_is_overwritten(place):
     done = run(place)
     assert done.returncode == 1
     assert "coffee.png is there already" in done.stderr and Path("out/coffee.png").read_bytes() == b"mine"
+    Path("out/chelsea.json").write_text('{"my": "notes"}')
+    Path("out/chelsea.png").unlink()
+    assert "chelsea.json is there already" in run(place).stderr
     assert_one_line_error(run(place, target="photos"), "photos is the folder of the input")
     assert_one_line_error(run(place, source="photos/coffee.png", target="photos"), "would overwrite the input")
     assert_one_line_error(
