@@ -16,7 +16,9 @@ from PIL import Image
 
 import ucdir_plugin
 from ucdir_plugin import imageio, pipeline, restorer
+from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.options import SamplingOptions
 from ucdir_plugin.registry import build_arch
 
 
@@ -229,6 +231,30 @@ def test_any_registered_arch_in_one_pass_and_in_patches(place):
     assert_one_line_error(run(place, opt=wrong, target="wrong"), "none of the 3")
 
 
+WANTS_MULTIPLES = {
+    "SwinIR": {"img_size": 16, "window_size": 8, "depths": [1], "num_heads": [1], "embed_dim": 4, "mlp_ratio": 1},
+    "RRDBNet": {"num_in_ch": 3, "num_out_ch": 3, "scale": 1, "num_feat": 4, "num_block": 1, "num_grow_ch": 2},
+}
+
+
+@pytest.mark.parametrize("tile", [0, 32])
+@pytest.mark.parametrize("name", WANTS_MULTIPLES)
+def test_archs_that_do_not_pad_themselves_take_any_size(name, tile):
+    net = build_arch({"type": name, **WANTS_MULTIPLES[name]}).eval()
+    options = SamplingOptions(tile=tile or None, overlap=4)
+    model = restorer.Restorer(net, None, options, torch.device("cpu"))
+    image = np.random.default_rng(0).random((43, 37, 3))
+    padded = np.pad(image, ((0, 5), (0, 3), (0, 0)), "reflect")  # to multiples of 4 and 8
+    result = ucdir_plugin.restore(image, model).image
+    assert result.shape == image.shape
+    if not tile and name == "SwinIR":
+        np.testing.assert_allclose(result, ucdir_plugin.restore(padded, model).image[:43, :37], atol=1e-6)
+    pair = UCDIR(
+        {"type": "UCDIRDenoiser", "inner_channel": 8, "channel_mults": [1]}, {"type": name, **WANTS_MULTIPLES[name]}
+    )
+    assert pair.eval().predict(torch.rand(1, 3, 43, 37)).shape == (1, 3, 43, 37)
+
+
 def test_a_model_file_restores_by_itself(place):
     convert = ("--from", "training", "-opt", "options.yml", "net.pth")
     done = place.run("convert_weights.py", *convert, "net.safetensors", "--licence", "for research only")
@@ -283,6 +309,9 @@ def test_nothing_of_the_user_is_overwritten(place):
     done = run(place)
     assert done.returncode == 1
     assert "coffee.png is there already" in done.stderr and Path("out/coffee.png").read_bytes() == b"mine"
+    Path("out/chelsea.json").write_text('{"my": "notes"}')
+    Path("out/chelsea.png").unlink()
+    assert "chelsea.json is there already" in run(place).stderr
     assert_one_line_error(run(place, target="photos"), "photos is the folder of the input")
     assert_one_line_error(run(place, source="photos/coffee.png", target="photos"), "would overwrite the input")
     assert_one_line_error(

@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     add("--weights", metavar="FILE", help="weights for -opt (.pth, .safetensors)")
     add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
     add("--steps", type=int, help="sampling steps")
+    add("--spacing", help="of the steps: respace (uniform), trailing, quadratic")
     add("--tile", type=int, help="longest side of a patch (default: the option file's, else 1024); 0: images whole")
     add("--overlap", type=int, help="pixels dropped at each inner border of a patch (default: the file's, else 64)")
     add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of the option file's val:sampling")
@@ -54,7 +55,7 @@ def main() -> int:
 
     memory.keep_freed_memory()
     sampling = read_assignments(args.set, "--set")
-    for key in ("sampler", "steps", "tile", "overlap"):
+    for key in ("sampler", "steps", "spacing", "tile", "overlap"):
         if getattr(args, key) is not None:
             sampling[key] = getattr(args, key)
     model = restorer.load_model(

@@ -291,7 +291,7 @@ def _restore_one(
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
     # Of the pixels only shape and type are still needed.
-    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1], photo.pixels.shape))
+    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1].copy(), (height, width, 3)))
     drawn = model.run(
         lq,
         job.key,
@@ -302,7 +302,6 @@ def _restore_one(
         progress=bar.bar.update,
         callback=lambda step, x_t, x0: bar.step(step, model.options.steps),
     )
-    del lq
     record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     moments = Moments()
     for number, result in enumerate(drawn.samples, 1):
@@ -349,9 +348,10 @@ def _keep_foreign(results: _Results, record: Optional[Dict[str, Any]], samples: 
     Raises:
         UserError: if a file that no record claims is where a result would go.
     """
-    names = [*(f"_sample{i + 1}" for i in range(samples)), "_mean", "_spread"] if samples > 1 else [""]
-    ours = record["outputs"] if record else []
-    for name in (f"{results.name}{suffix}{results.extension}" for suffix in names):
+    suffixes = [*(f"_sample{i + 1}" for i in range(samples)), "_mean", "_spread"] if samples > 1 else [""]
+    names = [*(f"{results.name}{suffix}{results.extension}" for suffix in suffixes), f"{results.name}.json"]
+    ours = [*record["outputs"], names[-1]] if record else []
+    for name in names:
         if name not in ours and os.path.exists(os.path.join(results.folder, name)):
             raise UserError(
                 f"{os.path.join(results.folder, name)} is there already, and no record beside it says that it is a"

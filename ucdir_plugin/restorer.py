@@ -22,7 +22,7 @@ from torch import nn
 import ucdir_plugin
 from ucdir_plugin import imageio, memory, sampling, weights
 from ucdir_plugin.archs import UCDIR
-from ucdir_plugin.archs.padding import pad_to_multiple
+from ucdir_plugin.archs.padding import pad_for, size_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError, at_least_one
@@ -85,17 +85,11 @@ class Restorer:
     def diffusion(self) -> bool:
         return isinstance(self.net, UCDIR)
 
-    @property
-    def _stride(self) -> int:
-        """Sizes of patches that the network wants: ours say ``stride``, window attention ``window_size``."""
-        own = getattr(self.net, "stride", None) or getattr(self.net, "window_size", None)
-        return own if isinstance(own, int) else 1
-
     def _grid(self, height: int, width: int) -> Optional[tiling.Grid]:
         tile = self.options.tile
         if tile is None or max(height, width) <= tile:
             return None
-        return tiling.Grid.aligned(height, width, tile, self.options.overlap, self._stride)
+        return tiling.Grid.aligned(height, width, tile, self.options.overlap, size_multiple(self.net))
 
     def plan(self, height: int, width: int) -> sampling.Plan:
         """What restoring an image of this size once will cost."""
@@ -117,7 +111,6 @@ class Restorer:
             what = "samples" if samples != 1 else "blend"
             raise UserError(f"{what} has no meaning for {type(self.net).__name__}, which restores in one pass")
 
-    @torch.no_grad()
     def run(
         self,
         lq: torch.Tensor,
@@ -160,6 +153,7 @@ class Restorer:
 
         return Drawn(lambda: images.initial.add(1).div_(2).clamp_(0, 1), draw())
 
+    @torch.no_grad()  # run's own does not reach what is computed later
     def _one_pass(
         self, lq: torch.Tensor, empty: Callable[..., torch.Tensor], progress: Optional[sampling.Progress]
     ) -> torch.Tensor:
@@ -167,7 +161,7 @@ class Restorer:
 
         def function(x: torch.Tensor) -> torch.Tensor:
             height, width = x.shape[-2:]
-            padded = pad_to_multiple(x, self._stride)
+            padded = pad_for(self.net, x)
             with self._autocast():
                 y = self.net(padded * (high - low) + low).float()
             y = (y - low) / (high - low)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.akgm import adaptive_kernel_conv
-from ucdir_plugin.archs.padding import network_stride, pad_to_multiple
+from ucdir_plugin.archs.padding import network_stride, pad_for, pad_to_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import diffuse
 from ucdir_plugin.errors import UserError, at_least_one, did_you_mean
@@ -420,16 +420,18 @@ class UCDIR(nn.Module):
             UserError: if the predictor changes the image size.
         """
         low, high = self.predictor_range
+        height, width = lq.shape[-2:]
+        padded = pad_for(self.predictor, lq)
         if (low, high) == (-1.0, 1.0):
-            initial = self.predictor(lq)
+            initial = self.predictor(padded)
         else:
-            initial = (self.predictor((lq + 1) / 2 * (high - low) + low) - low) / (high - low) * 2 - 1
-        if initial.shape[-2:] != lq.shape[-2:]:
+            initial = (self.predictor((padded + 1) / 2 * (high - low) + low) - low) / (high - low) * 2 - 1
+        if initial.shape[-2:] != padded.shape[-2:]:
             raise UserError(
-                f"predictor {type(self.predictor).__name__} turns {tuple(lq.shape[-2:])} into"
+                f"predictor {type(self.predictor).__name__} turns {tuple(padded.shape[-2:])} into"
                 f" {tuple(initial.shape[-2:])}: take one that keeps the image size (scale 1)"
             )
-        return initial
+        return initial[..., :height, :width]
 
     def compile_networks(self) -> None:
         """torch.compile both networks in place, so that the keys of the weights stay."""

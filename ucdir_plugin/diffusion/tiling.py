@@ -174,7 +174,8 @@ def tiled(
             with B first and not four dimensions, such as a noise level (B,); passed on if they are anything else.
         tile_batch: patches in one call, of one size.
         merge: ``drop`` the overlap, so that each pixel comes from one patch (the paper), or ``blend`` all of the
-            patches with windows that rise as sin^2 over the width of two overlaps.
+            patches with windows that rise as sin^2 over the width of two overlaps: without seams, but for a local
+            function never exact there, as the windows take in what ``drop`` leaves out.
         empty: allocates the result, called as torch.empty; for instance in a memory-mapped file.
 
     Returns:
