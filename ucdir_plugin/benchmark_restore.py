@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from basicsr.data import build_dataset
 from basicsr.utils import tensor2img
+from tqdm import tqdm
 
 from ucdir_plugin import report
 from ucdir_plugin.benchmark import alternate, peak_memory, result
@@ -114,7 +115,7 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
     for name, images in before.items():
         found = [measured(image, s["gt"]) for image, s in zip(images, samples)]
         rows.append({"sampler": name, "steps": "", "NFE": 0, "s per image": "", **means(found)})
-    for name, steps in itertools.product(samplers, STEPS):
+    for name, steps in tqdm(list(itertools.product(samplers, STEPS)), disable=None):
         sampler, _, spacing = name.partition(":")
         sampling = {"sampler": sampler, "steps": steps, **({"spacing": spacing} if spacing else {})}
         model = load_model(opt, weights, sampling=sampling)
