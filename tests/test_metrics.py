@@ -27,7 +27,8 @@ from ucdir_plugin.weights import WeightsFile, sha256_of
 
 
 def needs(package):
-    reason = f"the package {package} is not installed: pip install 'ucdir-plugin[dev]'"
+    how = "--no-deps pyiqa" if package == "pyiqa" else "'ucdir-plugin[dev]'"  # pyiqa wants another OpenCV: in no extra
+    reason = f"the package {package} is not installed: pip install {how}"
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=reason)
 
 
