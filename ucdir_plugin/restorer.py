@@ -7,7 +7,6 @@ result.image, result.initial, result.info
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import time
@@ -199,15 +198,6 @@ def versions() -> Dict[str, str]:
     return {"ucdir_plugin": ucdir_plugin.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def sha256(path: str) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def choose_device(name: str = "auto") -> torch.device:
     """
     Raises:
@@ -282,7 +272,7 @@ def load_model(
         "network": type(net).__name__,
         "weights": os.path.basename(weights_file),
         "weights_key": key,
-        "weights_sha256": sha256(weights_file),
+        "weights_sha256": weights.sha256_of(weights_file),
         # The overlap from which on patches equal the whole image; None: the network looks at all of it.
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
