@@ -1,7 +1,10 @@
 """Two gloo processes against one process with the same global batch."""
 
 import json
+import subprocess
+import sys
 
+import pytest
 import torch
 from conftest import TINY, merged
 from test_tools import TORCHRUN
@@ -9,7 +12,7 @@ from test_tools import TORCHRUN
 SCRIPT = """
 import os, sys, json, torch
 torch.set_num_threads(1)
-import ucdir_plugin
+from ucdir_plugin.errors import run_cli
 from basicsr.models import build_model
 from basicsr.utils.dist_util import get_dist_info
 from ucdir_plugin import compat
@@ -36,6 +39,7 @@ for step in range(5):
     log = model.get_current_log()
     if rank == 0:
         torch.save({"gradients": gradients, "loss": log["l_eps"]}, f"{out}_{step}.pth")
+sys.exit(run_cli(lambda: 0))  # past the interpreter's shutdown
 """
 
 
@@ -63,3 +67,31 @@ def test_bad_input_on_several_processes(workplace):
     done = workplace.run("train.py", "-opt", path, "--launcher", "pytorch", launcher=TORCHRUN)
     assert done.returncode != 0
     assert "error: options.yml: unknown option train:ema_deacy; did you mean 'ema_decay'" in done.stderr
+
+
+LEAVING = """
+import atexit, os, sys, torch.distributed
+from ucdir_plugin.errors import UserError, run_cli
+
+class Late:
+    def __del__(self):
+        os.abort()  # as a thread of gloo that wants the lock of an interpreter that is shutting down
+
+def main():
+    torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/{sys.argv[1]}", rank=0, world_size=1)
+    atexit.register(lambda: print("atexit"))
+    print("main")
+    if sys.argv[1] == "wrong":
+        raise UserError("a wrong option")
+    return 3
+
+late = Late()
+sys.exit(run_cli(main))
+"""
+
+
+@pytest.mark.parametrize("case, code", [("right", 3), ("wrong", 2)])
+def test_a_process_of_a_group_ends_before_the_interpreter_shuts_down(tmp_path, case, code):
+    done = subprocess.run([sys.executable, "-c", LEAVING, case], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert done.stdout.split() == ["main", "atexit"]  # buffered text is written, what was registered has run

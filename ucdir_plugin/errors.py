@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import os
 import sys
+import threading
 from typing import Any, Callable, Iterable
 
 
@@ -59,12 +62,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def run_cli(main: Callable[[], int]) -> int:
-    """Run a tool's ``main``; returns its exit code, 2 for a :class:`UserError`, 130 for Ctrl-C."""
+    """Run a tool's ``main``; returns its exit code, 2 for a :class:`UserError`, 130 for Ctrl-C.
+
+    A process of a group ends here with that code: gloo's threads may still hold Python objects (torch PR 179291,
+    never merged), and one that asks for the interpreter's lock while it shuts down aborts the whole process.
+    """
     try:
-        return main() or 0
+        code = main() or 0
     except UserError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        code = 130
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        threading._shutdown()  # the interpreter's own order: threads, atexit, streams
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
