@@ -194,12 +194,12 @@ def test_tables(images, tmp_path):
     stored = json.loads(
         (tmp_path / "m.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert set(stored) == {"about", "protocols", "mean", "measured", "sets", "unavailable", "images"}
+    assert set(stored) == {"about", "protocols", "mean", "interval", "measured", "sets", "unavailable", "images"}
     assert stored["mean"]["restored"]["psnr"] == "inf"
     assert stored["sets"]["restored"]["kid"]["standard_error"] > 0
     assert stored["protocols"]["fid"]["patches"].startswith("32x32")
     table = (tmp_path / "m.md").read_text()
-    assert "| psnr | niqe | loe |" in table
+    assert "| niqe | psnr | loe |" in table
     assert f"| kid | restored | {results.sets['restored']['kid']['value']:.4f} | " in table
     assert "niqe, restored: the mean is over 2 of 4 images." in table
     assert "FID on 40 patches is biased" in table

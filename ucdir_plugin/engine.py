@@ -27,7 +27,7 @@ from basicsr.utils.dist_util import get_dist_info
 from basicsr.utils.options import dict2str
 
 import ucdir_plugin
-from ucdir_plugin import compat, memory, report
+from ucdir_plugin import compat, memory, report, report_html
 from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
 from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
@@ -35,7 +35,7 @@ from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options
 from ucdir_plugin.validation import bare_networks, handles, validate
-from ucdir_plugin.weights import find_weights
+from ucdir_plugin.weights import find_weights, sha256_of
 
 
 def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -46,12 +46,17 @@ def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.N
     parser.add_argument("--auto_resume", action="store_true", help="go on from the newest readable checkpoint")
     parser.add_argument("--debug", action="store_true", help="log, save and validate every few iterations")
     parser.add_argument("--force_yml", nargs="+", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML")
+    parser.add_argument("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
+    parser.add_argument("--download", action="store_true", help="get metrics' weights that are not there")
     return parser.parse_args(argv)
 
 
 def setup(args: argparse.Namespace, is_train: bool) -> dict:
     """Options, distributed processes, paths below the working directory, seeds."""
     opt = load_options(args.opt, args.force_yml, is_train)
+    if args.weights_dir:
+        opt["val"]["weights_dir"] = args.weights_dir
+    opt["val"]["download"] = args.download or opt["val"]["download"]
     opt["dist"] = args.launcher != "none"
     if not opt["dist"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
@@ -344,11 +349,17 @@ def test(args: argparse.Namespace) -> int:
         if not handles(model):
             own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
-        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"])
+        pictures = report_html.Store(os.path.join(opt["path"]["results_root"], f".pictures_{name}"))
+        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
         if opt["rank"] == 0:
             stem = os.path.join(opt["path"]["results_root"], f"metrics_{name}")
-            report.write_tables(results, stem, {"name": opt["name"], "dataset": name, "weights": weights})
+            about = {"name": opt["name"], "dataset": name, "weights": weights}
+            about["weights_sha256"] = sha256_of(weights) if weights else None
+            report.write_tables(results, stem, about)
+            page = os.path.join(opt["path"]["results_root"], f"report_{name}.html")
+            report_html.write_report(results, page, about, pictures)
+            pictures.remove()
             print(report.markdown_table(results))
             print(f"weights: {weights}")
-            print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}", flush=True)
+            print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}; report: {page}", flush=True)
     return 0

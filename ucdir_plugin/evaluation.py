@@ -112,6 +112,7 @@ class Evaluation:
         stages: Mapping[str, np.ndarray],
         truth: Optional[np.ndarray] = None,
         lq: Optional[np.ndarray] = None,
+        files: Optional[Mapping[str, str]] = None,
     ) -> report.Row:
         """Measure an image in each of its stages.
 
@@ -119,8 +120,11 @@ class Evaluation:
             key: its name in tables, unlike any other's.
             stages: name -> (H, W, 3) or (H, W) BGR uint8; input, initial, restored.
             truth, lq: what full-reference metrics, and those of the degraded input, compare with.
+            files: stage or truth -> path, for who reads the table.
         """
         row: report.Row = {"image": key, "metrics": {stage: {} for stage in stages}}
+        if files:
+            row["files"] = dict(files)
         for name, cfg in list(self._metrics.items()):
             try:
                 if cfg["type"] in distances.SETS:

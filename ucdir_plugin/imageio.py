@@ -534,3 +534,18 @@ def list_images(folder: str, what: str, skip: str | None = None) -> list[str]:
     if not found:
         raise UserError(f"{what}: the folder {folder} holds no image ({' '.join(EXTENSIONS)})")
     return sorted(found)
+
+
+def images_by_stem(folder: str, what: str) -> dict[str, str]:
+    """:func:`list_images` by their path without extension, in which a pair's images agree.
+
+    Raises:
+        UserError: also if two images have the same.
+    """
+    found: dict[str, str] = {}
+    for name in list_images(folder, what):
+        stem = os.path.splitext(name)[0]
+        if stem in found:
+            raise UserError(f"{folder}: {found[stem]} and {name} have the same name; which one is the partner?")
+        found[stem] = name
+    return found

@@ -99,6 +99,11 @@ def read_record(stem: str) -> Optional[Dict[str, Any]]:
     return None
 
 
+def main_output(record: Dict[str, Any]) -> str:
+    """Name of the result: of several samples their mean."""
+    return next((name for name in record["outputs"] if "_mean." in name), record["outputs"][0])
+
+
 def _is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
     folder = os.path.dirname(job.stem)
     return (
@@ -140,8 +145,7 @@ class _Results:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, os.path.basename(name)))
         self.finished = True
-        main = next((name for name in record["outputs"] if "_mean." in name), record["outputs"][0])
-        say(f"{self.job.key} -> {os.path.join(self.folder, main)}  {record['seconds']:.1f} s")
+        say(f"{self.job.key} -> {os.path.join(self.folder, main_output(record))}  {record['seconds']:.1f} s")
 
     def remove_unfinished(self) -> None:
         for path in self.hidden.values():

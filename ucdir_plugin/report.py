@@ -6,16 +6,61 @@ import csv
 import io
 import json
 import math
+import os
+import re
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
+from scipy.stats import bootstrap
 
+from ucdir_plugin.errors import UserError
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.metrics import protocol
 
 Row = dict[str, Any]
-"""{"image": key, "metrics": {stage: {metric: value or None}}}; stages are input, initial, restored."""
+"""{"image": key, "metrics": {stage: {metric: value or None}}, "files": {stage or truth: path}}; stages are input,
+initial, restored; paths are absolute or relative to the table; there need be no files."""
+
+CONFIDENCE = 0.95
+"""Of all intervals."""
+
+ENOUGH_IMAGES = 5
+"""For an interval: of two images' mean it would be the two values themselves, which holds half the time and not 95%."""
+
+# UCDIR's, then what BIR-D has besides.
+_ORDER = ["lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim", "consistency", "loe", "pi", "nrqm", "seam_score"]
+COLUMN_ORDER = [f"calculate_{name}" for name in _ORDER]
+
+
+def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]:
+    """95% interval of the mean by the bootstrap over images (percentiles of 2000 resamples, seed 0).
+
+    Args:
+        values: one per image; None, where not measured, is left out.
+
+    Returns:
+        (low, high); None for fewer than :data:`ENOUGH_IMAGES` values, or where one is infinite.
+    """
+    measured = np.array([v for v in values if v is not None], dtype=float)
+    if len(measured) < ENOUGH_IMAGES or not np.isfinite(measured).all():
+        return None
+    found = bootstrap(
+        (measured,),
+        np.mean,
+        n_resamples=2000,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        batch=max(1, 2**22 // len(measured)),
+        random_state=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def place(stamp: Optional[Mapping[str, Any]]) -> int:
+    """Of a metric's column among others."""
+    kind = (stamp or {}).get("type")
+    return COLUMN_ORDER.index(kind) if kind in COLUMN_ORDER else len(COLUMN_ORDER)
 
 
 @dataclass
@@ -41,13 +86,22 @@ class Results:
 
     def measured(self) -> dict[str, dict[str, int]]:
         """Stage -> metric -> number of images that the mean is over."""
+        return self._each(lambda values: sum(value is not None for value in values))
+
+    def intervals(self) -> dict[str, dict[str, Optional[tuple[float, float]]]]:
+        """Stage -> metric -> :func:`interval` of the mean."""
+        return self._each(interval)
+
+    def _each(self, function: Callable[[list[Optional[float]]], Any]) -> dict[str, dict[str, Any]]:
         return {
-            stage: {
-                metric: sum(row["metrics"].get(stage, {}).get(metric) is not None for row in self.rows)
-                for metric in values
-            }
+            stage: {m: function([row["metrics"].get(stage, {}).get(m) for row in self.rows]) for m in values}
             for stage, values in means(self.rows).items()
         }
+
+    def metrics(self) -> list[str]:
+        """Names of all metrics of images and of the set, in the columns' order: the papers', then the others."""
+        found = dict.fromkeys(m for values in self.summary().values() for m in values)
+        return sorted(found, key=lambda metric: place(self.protocols.get(metric)))
 
 
 def write_text(text: str, path: str) -> None:
@@ -74,36 +128,71 @@ def means(rows: list[Row]) -> dict[str, dict[str, Optional[float]]]:
     return result
 
 
-def _cell(value: Optional[float]) -> str:
+def number(value: Optional[float]) -> str:
     return "not measurable" if value is None else f"{value:.4f}"
 
 
+def with_interval(value: Optional[float], bounds: Optional[Sequence[float]]) -> str:
+    return number(value) + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
+
+
+def heading(metric: str, stamp: Optional[Mapping[str, Any]]) -> str:
+    """The metric with an arrow that says which way is better."""
+    return metric + {"higher": " ↑", "lower": " ↓"}.get((stamp or {}).get("better", ""), "")
+
+
+def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
+def escaped(name: str) -> str:
+    """A file's name as Markdown text: it may hold what ends a cell or begins markup."""
+    return re.sub(r"([|*`<\\])", r"\\\1", name)
+
+
+def remarks(results: Results) -> list[str]:
+    """What to know of the numbers: means over fewer images than there are, warnings of sets."""
+    lines = [
+        f"{metric}, {stage}: the mean is over {count} of {len(results.rows)} images."
+        for stage, counts in results.measured().items()
+        for metric, count in counts.items()
+        if count < len(results.rows)
+    ]
+    for found in results.sets.values():
+        for metric, result in found.items():
+            lines += [f"{metric}: {w}." for w in [*result["warnings"], *filter(None, [result.get("reason")])]]
+    return list(dict.fromkeys(lines))
+
+
 def markdown_table(results: Results) -> str:
-    """One line per image and stage, and the means; then metrics of the whole set; then how each was measured."""
-    rows, summary = results.rows, means(results.rows)
-    measured = results.measured()
-    metrics = list(dict.fromkeys(m for values in summary.values() for m in values))
-    lines = ["| image | stage | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
-    for row in [*rows, {"image": "**mean**", "metrics": summary}]:
-        for stage, values in row["metrics"].items():
-            cells = [_cell(values[m]) if m in values else "-" for m in metrics]
-            lines.append(f"| {row['image']} | {stage} | " + " | ".join(cells) + " |")
-    for stage, counts in measured.items():
-        for metric, count in counts.items():
-            if count < len(rows):
-                lines += ["", f"{metric}, {stage}: the mean is over {count} of {len(rows)} images."]
+    """One line per image and stage; the means in the papers' column order; sets; how each was measured."""
+    metrics = results.metrics()
+    of_images = [m for m in metrics if any(m in values for values in means(results.rows).values())]
+    rows = [
+        [escaped(row["image"]), stage, *(number(values[m]) if m in values else "-" for m in of_images)]
+        for row in results.rows
+        for stage, values in row["metrics"].items()
+    ]
+    lines = [*markdown_rows(["image", "stage", *of_images], rows), ""]
+    intervals, rows = results.intervals(), []
+    for stage, values in results.summary().items():
+        bounds = intervals.get(stage, {})
+        rows.append([stage, *(with_interval(values[m], bounds.get(m)) if m in values else "-" for m in metrics)])
+    lines += markdown_rows(["mean", *(heading(m, results.protocols.get(m)) for m in metrics)], rows)
+    if any(bounds for found in intervals.values() for bounds in found.values()):
+        lines += ["", f"In brackets: {CONFIDENCE:.0%} intervals of the mean, by the bootstrap over images."]
     if results.sets:
-        lines += ["", "| set | stage | value | standard error | patches | images |", "|---" * 6 + "|"]
-        warnings = {}
+        rows = []
         for stage, found in results.sets.items():
             for metric, result in found.items():
                 error = result.get("standard_error")
-                cells = (metric, stage, _cell(result["value"]), "-" if error is None else f"{error:.4f}")
-                lines.append("| " + " | ".join(cells) + f" | {result['patches']} | {result['images']} |")
-                said = [*result["warnings"], *([result["reason"]] if "reason" in result else [])]
-                warnings.update(dict.fromkeys(f"{metric}: {warning}." for warning in said))
-        for warning in warnings:
-            lines += ["", warning]
+                cells = [metric, stage, number(result["value"]), "-" if error is None else f"{error:.4f}"]
+                rows.append([*cells, str(result["patches"]), str(result["images"])])
+        lines += ["", *markdown_rows(["set", "stage", "value", "standard error", "patches", "images"], rows)]
+    for remark in remarks(results):
+        lines += ["", remark]
     if results.protocols or results.unavailable:
         lines.append("")
     lines += [f"- {metric}: {protocol.describe(stamp)}" for metric, stamp in results.protocols.items()]
@@ -115,13 +204,15 @@ def as_data(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     """What metrics_*.json holds; infinities (PSNR of equal images) as the text 'inf', since JSON has none.
 
     ``about``: given; ``protocols``, ``sets``, ``unavailable``: as in :class:`Results`; ``mean``: stage -> metric ->
-    mean over the images; ``measured``: stage -> metric -> number of images in that mean; ``images``: the rows.
+    mean over the images; ``interval``: of that mean, [low, high] or null; ``measured``: number of images in it;
+    ``images``: the rows.
     """
-    return _finite(
+    return finite(
         {
             "about": dict(about),
             "protocols": results.protocols,
             "mean": means(results.rows),
+            "interval": results.intervals(),
             "measured": results.measured(),
             "sets": results.sets,
             "unavailable": results.unavailable,
@@ -130,12 +221,42 @@ def as_data(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """With infinite numbers as text, for JSON."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def read_results(path: str | os.PathLike) -> tuple[Results, dict[str, Any]]:
+    """The measurements in a file of :func:`as_data`, and its ``about``.
+
+    Raises:
+        UserError: if it cannot be read or is no such file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        rows = [
+            {
+                "image": str(row["image"]),
+                "metrics": {s: {m: _number(v) for m, v in values.items()} for s, values in row["metrics"].items()},
+                "files": dict(row.get("files") or {}),
+            }
+            for row in data["images"]
+        ]
+        sets = {s: {m: {**r, "value": _number(r["value"])} for m, r in f.items()} for s, f in data["sets"].items()}
+        return Results(rows, dict(data["protocols"]), sets, dict(data["unavailable"])), dict(data["about"])
+    except OSError as err:
+        raise UserError(f"{path} cannot be read: {err.strerror}") from err
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
+        raise UserError(f"{path} is no metrics_*.json of tools/test.py or tools/evaluate.py") from err
+
+
+def _number(value: Any) -> Optional[float]:
+    return None if value is None else float(value)
 
 
 def columns(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, list[Optional[str]]]]:
@@ -175,7 +296,7 @@ def write_tables(results: Results, stem: str, about: Mapping[str, Any]) -> None:
     if results.sets:
         values = {stage: {m: r["value"] for m, r in found.items()} for stage, found in results.sets.items()}
         rows.append({"image": "*", "metrics": values})
-    metrics = list(dict.fromkeys(m for row in rows for values in row["metrics"].values() for m in values))
+    metrics = results.metrics()
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["image", "stage", *metrics])

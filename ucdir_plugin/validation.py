@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import cv2
 import numpy as np
@@ -64,7 +64,12 @@ def write_image(image: np.ndarray, path: str) -> None:
 
 
 def validate(
-    model: Any, dataset: Dataset, current_iter: Any, tb_logger: Any = None, save_img: bool = True
+    model: Any,
+    dataset: Dataset,
+    current_iter: Any,
+    tb_logger: Any = None,
+    save_img: bool = True,
+    keep: Optional[Callable[[str, dict[str, np.ndarray]], None]] = None,
 ) -> report.Results:
     """Restore every image of ``dataset``, measure input, initial prediction and result, log and write them.
 
@@ -73,6 +78,7 @@ def validate(
         dataset: samples with ``lq``, ``lq_path`` and, where known, ``gt``.
         current_iter: the iteration, or the run's name in a test, as in BasicSR.
         save_img: write the results and, side by side, input | initial | restored | truth.
+        keep: called with each image's key and its pictures: stage or ``truth`` -> (H, W, 3) BGR uint8.
 
     Returns:
         the measurements of all images, on every rank.
@@ -92,9 +98,13 @@ def validate(
             visuals = model.get_current_visuals()
             images = {name: tensor2img([visuals[name]]) for name in (*STAGES, "gt") if name in visuals}
             truth = images.pop("gt", None)
-            evaluation.add(key, {STAGES[n]: image for n, image in images.items()}, truth, images.get("lq"))
+            stages = {STAGES[n]: image for n, image in images.items()}
+            files = _files(data)
             if save_img:
-                _write_pictures(opt, dataset_opt["name"], key, images, truth, current_iter)
+                files.update(_write_pictures(opt, dataset_opt["name"], key, images, truth, current_iter))
+            evaluation.add(key, stages, truth, images.get("lq"), files)
+            if keep:
+                keep(key, stages if truth is None else {**stages, "truth": truth})
             for name in ("gt", "lq", "output", "initial"):
                 vars(model).pop(name, None)
     if opt["dist"]:
@@ -124,20 +134,33 @@ def _evaluation(opt: dict) -> Evaluation:
     return evaluation
 
 
-def _write_pictures(opt: dict, dataset: str, key: str, images: dict, truth: Any, current_iter: Any) -> None:
-    stem = os.path.splitext(key)[0]
+def _files(data: dict[str, Any]) -> dict[str, str]:
+    """Where input and truth lie, if they are files; an input made from its truth is none."""
+    paths = {name: data[f"{name}_path"][0] for name in ("lq", "gt") if f"{name}_path" in data}
+    if paths.get("lq") == paths.get("gt"):
+        paths.pop("lq", None)
+    names = {"lq": STAGES["lq"], "gt": "truth"}
+    return {names[name]: os.path.abspath(path) for name, path in paths.items() if os.path.isfile(path)}
+
+
+def _write_pictures(opt: dict, dataset: str, key: str, images: dict, truth: Any, current_iter: Any) -> dict[str, str]:
+    """Returns where a test's result is, relative to its tables."""
+    stem, files = os.path.splitext(key)[0], {}
     folder = opt["path"]["visualization"]
     if opt["is_train"]:
         strip = os.path.join(folder, stem, f"{os.path.basename(stem)}_{current_iter}.png")
     else:
         suffix = opt["val"].get("suffix") or opt["name"]
-        write_image(images["result"], os.path.join(folder, dataset, f"{stem}_{suffix}.png"))
-        strip = os.path.join(folder, dataset, "side_by_side", f"{stem}.png")
+        path = os.path.join(folder, dataset, f"{stem}_{suffix}.png")
+        write_image(images["result"], path)
+        files[STAGES["result"]] = os.path.relpath(path, opt["path"]["results_root"])
+        strip = os.path.join(folder, f"{dataset}_side_by_side", f"{stem}.png")
     parts = [*(images[n] for n in STAGES if n in images), *([truth] if truth is not None else [])]
     if all(part.shape == parts[0].shape for part in parts):
         write_image(report.side_by_side(parts), strip)
     elif opt["is_train"]:
         write_image(images["result"], strip)
+    return files
 
 
 def _log(model: Any, dataset: str, summary: dict, current_iter: Any, tb_logger: Any) -> None:

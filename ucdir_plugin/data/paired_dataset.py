@@ -12,7 +12,7 @@ from basicsr.utils import FileClient, img2tensor
 from torch.utils.data import Dataset
 
 from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.imageio import decode_image, image_size, list_images
+from ucdir_plugin.imageio import decode_image, image_size, images_by_stem, list_images
 from ucdir_plugin.registry import register
 
 
@@ -106,12 +106,7 @@ class PairedRestorationDataset(Dataset):
     def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
         what = f"option datasets: {self.opt['name']}: dataroot_"
-        degraded: dict[str, str] = {}
-        for name in list_images(lq, f"{what}lq"):
-            stem = os.path.splitext(name)[0]
-            if stem in degraded:
-                raise UserError(f"{lq}: {degraded[stem]} and {name} have the same name; which one is the partner?")
-            degraded[stem] = name
+        degraded = images_by_stem(lq, f"{what}lq")
         if self.opt.get("meta_info_file"):
             try:
                 with open(self.opt["meta_info_file"], encoding="utf-8") as file:

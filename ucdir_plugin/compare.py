@@ -1,0 +1,290 @@
+"""Several runs side by side: means, paired differences, one grid of pictures."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ucdir_plugin import report
+from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.files import write_atomically
+from ucdir_plugin.folders import read_uint8
+from ucdir_plugin.report_html import part
+
+CELL = 320
+"""Pixels of a picture's side in the grid."""
+
+
+@dataclass
+class Run:
+    """A table that tools/test.py or tools/evaluate.py wrote.
+
+    Attributes:
+        rows: image, by its path without extension -> row.
+    """
+
+    name: str
+    path: str
+    results: report.Results
+    rows: dict[str, report.Row]
+
+    def value(self, image: str, stage: str, metric: Optional[str]) -> Optional[float]:
+        return self.rows[image]["metrics"].get(stage, {}).get(metric)
+
+    def file(self, image: str, stage: str) -> Optional[str]:
+        """Where a picture is, if it is there."""
+        path = self.rows[image].get("files", {}).get(stage)
+        path = path and os.path.join(os.path.dirname(self.path), path)
+        return path if path and os.path.isfile(path) else None
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """
+    Args:
+        paths: of tables (.json), or of folders with one.
+
+    Raises:
+        UserError: for fewer than two, and what cannot be read.
+    """
+    if len(paths) < 2:
+        raise UserError("comparing takes two runs or more")
+    runs: list[Run] = []
+    for given in paths:
+        path = given
+        if os.path.isdir(given):
+            tables = sorted(glob.glob(os.path.join(glob.escape(given), "metrics*.json")))
+            if len(tables) != 1:
+                names = ", ".join(os.path.basename(t) for t in tables)
+                raise UserError(
+                    f"{given} has {f'several tables ({names}): name one' if tables else 'no metrics*.json'}"
+                )
+            path = tables[0]
+        results, about = report.read_results(path)
+        rows = {os.path.splitext(row["image"])[0]: row for row in results.rows}
+        if len(rows) < len(results.rows):  # a.png and a.jpg
+            rows = {row["image"]: row for row in results.rows}
+        name = str(about.get("name") or given)
+        if name in (run.name for run in runs):
+            name = f"{name} ({given})"
+        runs.append(Run(name, path, results, rows))
+    return runs
+
+
+def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
+    """Means of all runs over the images they share, and differences from the first run.
+
+    Args:
+        stage: what is compared.
+
+    Returns:
+        ``stage``; ``runs``: their names; ``images``: those shared; ``columns``; ``remarks``: what was left out.
+        A column has ``title``, ``better``, and for each run None or a cell: ``metric`` (its name in the run),
+        ``value``; ``interval`` of a mean over images, or ``error`` of a set's KID; ``difference`` from the column's
+        first run, over the images measured in both: ``from``, ``mean``, ``interval``, ``images``. Only values of one
+        protocol share a column. Sets (FID, KID) have no differences, and are left out if the runs' images differ.
+
+    Raises:
+        UserError: if the runs share no image, or none has the stage.
+    """
+    images = [image for image in runs[0].rows if all(image in run.rows for run in runs)]
+    if not images:
+        raise UserError(f"{' and '.join(run.path for run in runs)} have no image in common")
+    stages = {s for run in runs for row in run.results.rows for s in row["metrics"]}
+    if stage not in stages:
+        raise UserError(f"no run has the stage {stage}; {did_you_mean(stage, stages)}")
+    remarks = [
+        f"{run.name}: {len(run.rows) - len(images)} of {len(run.rows)} images are not in all runs and are left out."
+        for run in runs
+        if len(run.rows) > len(images)
+    ]
+    same_images, columns = not remarks, []
+    for title, names in report.columns([run.results.protocols for run in runs]):
+        of_set = [run.results.sets.get(stage, {}).get(name) for run, name in zip(runs, names)]
+        if any(of_set) and not same_images:
+            remarks.append(f"{title} is of all images of a run: not comparable here.")
+            continue
+        if any(of_set):
+            cells = [
+                found and {"metric": name, "value": found["value"], "error": found.get("standard_error")}
+                for found, name in zip(of_set, names)
+            ]
+        else:
+            cells = _cells(runs, images, stage, names)
+        if any(cells):
+            stamp = next(run.results.protocols[name] for run, name in zip(runs, names) if name)
+            columns.append({"title": title, "type": stamp["type"], "better": stamp["better"], "cells": cells})
+    columns.sort(key=report.place)
+    if not any(len([cell for cell in column["cells"] if cell]) > 1 for column in columns):
+        remarks.append("No metric was measured in the same way in two runs.")
+    names = [run.name for run in runs]
+    return {"stage": stage, "runs": names, "images": images, "columns": columns, "remarks": remarks}
+
+
+def _cells(
+    runs: Sequence[Run], images: Sequence[str], stage: str, names: Sequence[Optional[str]]
+) -> list[Optional[dict[str, Any]]]:
+    """Of a metric of single images, for each run."""
+    cells: list[Optional[dict[str, Any]]] = []
+    first: Optional[tuple[str, list[Optional[float]]]] = None
+    for run, name in zip(runs, names):
+        values = [run.value(image, stage, name) for image in images]
+        measured = [v for v in values if v is not None]
+        if not measured:
+            cells.append(None)
+            continue
+        cell = {
+            "metric": name,
+            "value": float(np.mean(measured)),
+            "interval": report.interval(values),
+            "difference": None,
+        }
+        if first is None:
+            first = run.name, values
+        else:
+            pairs = [b - a for a, b in zip(first[1], values) if None not in (a, b) and np.isfinite([a, b]).all()]
+            if pairs:
+                found = {"from": first[0], "mean": float(np.mean(pairs)), "interval": report.interval(pairs)}
+                cell["difference"] = {**found, "images": len(pairs)}
+        cells.append(cell)
+    return cells
+
+
+def verdict(difference: Mapping[str, Any], better: str) -> str:
+    """'better' or 'worse' where the interval does not reach 0, else ''."""
+    bounds = difference["interval"]
+    if not bounds or bounds[0] <= 0 <= bounds[1]:
+        return ""
+    return "better" if (difference["mean"] > 0) == (better == "higher") else "worse"
+
+
+def _mean_cell(cell: Optional[Mapping[str, Any]]) -> str:
+    if not cell:
+        return "-"
+    error = cell.get("error")
+    return report.with_interval(cell["value"], cell.get("interval")) + ("" if error is None else f" ± {error:.4f}")
+
+
+def _difference_cell(cell: Optional[Mapping[str, Any]], better: str) -> str:
+    difference = (cell or {}).get("difference")
+    if not difference:
+        return "-"
+    bounds = difference["interval"]
+    text = f"{difference['mean']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
+    return f"{text} {verdict(difference, better)}".rstrip()
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Two tables: means, and differences from the first run, with their intervals."""
+    columns, names = found["columns"], [report.escaped(name) for name in found["runs"]]
+    titles = [report.heading(c["title"], c) for c in columns]
+    means = [[name, *(_mean_cell(c["cells"][i]) for c in columns)] for i, name in enumerate(names)]
+    differences = [
+        [name, *(_difference_cell(c["cells"][i], c["better"]) for c in columns)] for i, name in enumerate(names)
+    ]
+    lines = report.markdown_rows([f"{found['stage']}, {len(found['images'])} images", *titles], means)
+    lines += ["", *report.markdown_rows([f"minus {names[0]}", *titles], differences[1:]), ""]
+    lines.append(
+        f"In brackets: {report.CONFIDENCE:.0%} intervals by the bootstrap over images, of means and of paired"
+        " differences; better or worse stands where that of a difference does not reach 0."
+    )
+    for remark in found["remarks"]:
+        lines += ["", remark]
+    return "\n".join(lines) + "\n"
+
+
+def telling_images(runs: Sequence[Run], found: dict[str, Any], count: int) -> list[str]:
+    """From the image where the last run loses most against the first to the one where it gains most, evenly spread."""
+    for column in found["columns"]:
+        first, last = (cell and cell["metric"] for cell in (column["cells"][0], column["cells"][-1]))
+        if not (first and last):
+            continue
+        sign = 1 if column["better"] == "higher" else -1
+        pairs = {}
+        for image in found["images"]:
+            a, b = runs[0].value(image, found["stage"], first), runs[-1].value(image, found["stage"], last)
+            if a is not None and b is not None and np.isfinite(b - a):
+                pairs[image] = sign * (b - a)
+        if pairs:
+            ranked = sorted(pairs, key=pairs.get)
+            return [ranked[i] for i in np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))]
+    return found["images"][:count]
+
+
+def grid(runs: Sequence[Run], images: Sequence[str], stage: str) -> Optional[np.ndarray]:
+    """Pictures in rows: input, the runs' results, truth; of large ones the part where the last two differ most.
+
+    Returns:
+        (H, W, 3) BGR uint8, or None if no picture is to be found.
+
+    Raises:
+        UserError: for an image that the runs do not share.
+    """
+    for image in images:
+        if any(image not in run.rows for run in runs):
+            raise UserError(f"image {image} is not in all runs; {did_you_mean(image, runs[0].rows)}")
+
+    def anywhere(image: str, kind: str) -> Optional[str]:
+        return next(filter(None, (run.file(image, kind) for run in runs)), None)
+
+    rows, used = [], set()
+    for image in images:
+        paths = {"input": anywhere(image, "input")}
+        paths.update({run.name: run.file(image, stage) for run in runs})
+        paths["truth"] = anywhere(image, "truth")
+        pictures = {name: read_uint8(path) for name, path in paths.items() if path}
+        if pictures:
+            rows.append((image, part(pictures, CELL)))
+            used.update(pictures)
+    if not rows:
+        return None
+    columns = [name for name in ["input", *(run.name for run in runs), "truth"] if name in used]
+    gap, line = 6, 18
+    heights = [max(p.shape[0] for p in parts.values()) for _, parts in rows]
+    canvas = Image.new(
+        "RGB", (len(columns) * (CELL + gap) - gap, sum(heights) + (line + gap) * len(rows) + line), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+
+    def write(text: str, x: int, y: int) -> None:
+        while draw.textlength(text) > CELL:
+            text = text[:-2] + "…" if len(text) > 2 else ""
+        draw.text((x, y + 2), text, fill="black")
+
+    for number, name in enumerate(columns):
+        write(name, number * (CELL + gap), 0)
+    top = line
+    for (image, parts), height in zip(rows, heights):
+        for number, name in enumerate(columns):
+            if name in parts:
+                rgb = cv2.cvtColor(parts[name], cv2.COLOR_BGR2RGB)
+                canvas.paste(Image.fromarray(rgb), (number * (CELL + gap), top))
+        draw.text((0, top + height + 2), image, fill="black")
+        top += height + line + gap
+    return np.ascontiguousarray(np.asarray(canvas)[..., ::-1])
+
+
+def write_comparison(
+    runs: Sequence[Run], output: str, stage: str, images: Sequence[str], count: int
+) -> tuple[str, bool]:
+    """Write ``comparison.json``, ``.md`` and, if there are pictures, ``comparison.png`` to the folder ``output``.
+
+    Returns:
+        the Markdown, and whether there is a grid.
+    """
+    found = compare(runs, stage)
+    chosen = [i if i in runs[0].rows else os.path.splitext(i)[0] for i in images] or telling_images(runs, found, count)
+    picture = grid(runs, chosen, stage)
+    text = markdown(found)
+    stem = os.path.join(output, "comparison")
+    report.write_text(json.dumps(report.finite(found), indent=1, allow_nan=False), f"{stem}.json")
+    report.write_text(text, f"{stem}.md")
+    if picture is not None:
+        write_atomically(cv2.imencode(".png", picture)[1].tobytes(), f"{stem}.png")
+    return text, picture is not None

@@ -1,0 +1,184 @@
+"""Measuring images that are there already: folders of results, and of their truths and degraded inputs where known."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, Iterable, NamedTuple, Optional, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from ucdir_plugin import report, report_html
+from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.evaluation import Evaluation
+from ucdir_plugin.imageio import decode_image, image_size, images_by_stem, read_bytes
+from ucdir_plugin.options import check_metric, load_options, read_assignments
+from ucdir_plugin.pipeline import main_output, read_record
+from ucdir_plugin.registry import lookup
+
+WITH_TRUTH = ("lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim")
+WITH_INPUT = ("loe",)
+WITHOUT = ("niqe",)
+"""Metrics by default: with truths, besides with inputs, with neither."""
+
+
+class Item(NamedTuple):
+    """An image to measure: its key in tables, and stage or ``truth`` -> file."""
+
+    key: str
+    files: dict[str, str]
+
+
+def parse_metrics(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``NAME[:KEY=VALUE,...]`` entries as ``val: metrics:`` has them; NAME without ``calculate_``, too.
+
+    Raises:
+        UserError: for names and arguments that do not exist.
+    """
+    metrics: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name, _, arguments = entry.partition(":")
+        where = f"--metrics {name}"
+        kind = name if name.startswith("calculate_") else f"calculate_{name}"
+        cfg = {"type": kind, **read_assignments([a for a in arguments.split(",") if a], where)}
+        parameters = inspect.signature(lookup("metric", kind, where)).parameters
+        if "crop_border" in parameters:
+            cfg.setdefault("crop_border", 0)
+        check_metric(cfg, where)
+        title, count = name, 1
+        while title in metrics:
+            count += 1
+            title = f"{name}_{count}"
+        metrics[title] = cfg
+    return metrics
+
+
+def _main_results(folder: str, found: dict[str, str]) -> dict[str, str]:
+    """Of what tools/restore.py wrote for one image (samples, mean, spread) the main one, under the image's name."""
+    left = dict(found)
+    for root, _, files in os.walk(folder):
+        for file in files:
+            stem, extension = os.path.splitext(os.path.relpath(os.path.join(root, file), folder).replace(os.sep, "/"))
+            record = read_record(os.path.join(folder, stem)) if extension == ".json" else None
+            if record:
+                parent = os.path.dirname(stem)
+                for name in record["outputs"]:
+                    path = left.pop(os.path.join(parent, os.path.splitext(name)[0]), None)
+                    if path and name == main_output(record):
+                        left[stem] = path
+    return left
+
+
+def find_items(
+    restored: str, truth: Optional[str] = None, degraded: Optional[str] = None, suffix: str = ""
+) -> list[Item]:
+    """Images of the folders that belong together: of one path below them, without extension and ``suffix``.
+
+    Args:
+        restored, truth, degraded: folders, or one image each.
+        suffix: that results' names have and the others' have not.
+
+    Raises:
+        UserError: for missing folders, a folder and a file, images without a partner (which).
+    """
+    given = {"restored": restored, "truth": truth, "input": degraded}
+    given = {stage: path for stage, path in given.items() if path}
+    for path in given.values():
+        if not os.path.exists(path):
+            raise UserError(f"{path} does not exist")
+    if any(os.path.isfile(path) != os.path.isfile(restored) for path in given.values()):
+        raise UserError("give either folders or single images, not both: " + ", ".join(given.values()))
+    if os.path.isfile(restored):
+        return [Item(os.path.basename(truth or restored), given)]
+    found = {stage: images_by_stem(path, path) for stage, path in given.items()}
+    results = _main_results(restored, found["restored"])
+    if suffix:
+        results = {(stem[: -len(suffix)] if stem.endswith(suffix) else stem): name for stem, name in results.items()}
+    found["restored"] = results
+    for stage, path in list(given.items())[1:]:
+        lonely = sorted(results.keys() - found[stage].keys())
+        if lonely:
+            names = _some([results[stem] for stem in lonely])
+            raise UserError(f"{restored}: {names} no partner in {path}; {_hint(lonely[0], found[stage])}")
+        missing = sorted(found[stage].keys() - results.keys())
+        if missing:
+            names = _some([found[stage][stem] for stem in missing])
+            raise UserError(f"{path}: {names} no partner in {restored}; restore them too, or take them out")
+    keys = found.get("truth") or found.get("input") or results
+    return [
+        Item(keys[stem], {stage: os.path.join(path, found[stage][stem]) for stage, path in given.items()})
+        for stem in sorted(results)
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    first, rest = ", ".join(names[:5]), len(names) - 5
+    return first + (f" and {rest} more" if rest > 0 else "") + (" has" if len(names) == 1 else " have")
+
+
+def _hint(stem: str, known: Iterable[str]) -> str:
+    start = max((k for k in known if stem.startswith(k)), key=len, default=None)
+    return f"give --suffix {stem[len(start) :]}, if all results end so" if start else did_you_mean(stem, known)
+
+
+def read_uint8(path: str) -> np.ndarray:
+    """(H, W, 3) BGR; 16 bits are rounded to 8, gray becomes three channels, alpha is dropped."""
+    return (decode_image(read_bytes(path), path) * 255).round().astype(np.uint8)
+
+
+def evaluate(
+    items: Sequence[Item], evaluation: Evaluation, output: str, about: dict[str, Any]
+) -> tuple[report.Results, dict[str, str]]:
+    """Measure all, write ``metrics.json``, ``.md``, ``.csv`` and ``report.html`` to the folder ``output``.
+
+    Returns:
+        the measurements, and key -> reason of images that could not be read or differ in size from their truth.
+
+    Raises:
+        UserError: if none could be measured, or the tables cannot be written.
+    """
+    failed: dict[str, str] = {}
+    by_key = {item.key: item for item in items}
+    for item in tqdm(items, unit="image", disable=None, leave=False):
+        try:
+            sizes = {stage: image_size(path) for stage, path in item.files.items()}
+            if "truth" in sizes and sizes["truth"] != sizes["restored"]:
+                texts = [f"{item.files[s]} ({sizes[s][1]}x{sizes[s][0]})" for s in ("restored", "truth")]
+                raise UserError(" and ".join(texts) + " differ in size")
+            images = {stage: read_uint8(path) for stage, path in item.files.items()}
+        except UserError as err:
+            failed[item.key] = str(err)
+            continue
+        stages = {stage: images[stage] for stage in ("input", "restored") if stage in images}
+        files = {stage: os.path.abspath(path) for stage, path in item.files.items()}
+        evaluation.add(item.key, stages, images.get("truth"), images.get("input"), files)
+    if len(failed) == len(items):
+        raise UserError(f"nothing could be measured: {next(iter(failed.values()))}")
+    results = evaluation.results()
+
+    def pictures(key: str) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        files = by_key[key].files
+        images = {stage: read_uint8(files[stage]) for stage in ("input", "restored", "truth") if stage in files}
+        return report_html.part(images), images["restored"].shape[:2]
+
+    report.write_tables(results, os.path.join(output, "metrics"), about)
+    report_html.write_report(results, os.path.join(output, "report.html"), about, pictures)
+    return results, failed
+
+
+def default_metrics(truth: bool, degraded: bool) -> list[str]:
+    """Names for :func:`parse_metrics`."""
+    return [*(WITH_TRUTH if truth else WITHOUT), *(WITH_INPUT if degraded else ())]
+
+
+def metrics_of(opt: str) -> tuple[dict[str, dict[str, Any]], Optional[str]]:
+    """``val: metrics:`` and ``val: weights_dir:`` of an option file.
+
+    Raises:
+        UserError: if it has no metrics.
+    """
+    val = load_options(opt, is_train=False)["val"]
+    if not val.get("metrics"):
+        raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
+    return val["metrics"], val.get("weights_dir")
