@@ -189,11 +189,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         [name, *(_difference_cell(c["cells"][i], c["better"]) for c in columns)] for i, name in enumerate(names)
     ]
     lines = report.markdown_rows([f"{found['stage']}, {len(found['images'])} images", *titles], means)
-    lines += ["", *report.markdown_rows([f"minus {names[0]}", *titles], differences[1:]), ""]
-    lines.append(
-        f"In brackets: {report.CONFIDENCE:.0%} intervals by the bootstrap over images, of means and of paired"
-        " differences; better or worse stands where that of a difference does not reach 0."
-    )
+    lines += ["", *report.markdown_rows([f"minus {names[0]}", *titles], differences[1:])]
+    if any(cell and cell.get("interval") for c in columns for cell in c["cells"]):
+        text = f"In brackets: {report.CONFIDENCE:.0%} intervals by the bootstrap over images, of means and of paired"
+        lines += ["", f"{text} differences; better or worse stands where that of a difference does not reach 0."]
     for remark in found["remarks"]:
         lines += ["", remark]
     return "\n".join(lines) + "\n"
