@@ -177,7 +177,9 @@ def write_report(
         ],
         "means": means,
         "notes": notes,
-        "rows": stored["images"],
+        "rows": [
+            {k: v for k, v in row.items() if k != "files"} for row in stored["images"]
+        ],  # no paths of this machine
         "unavailable": results.unavailable,
         "ranking": f"Ranked by {by[1]} of {by[0]}. Move the slider to compare, zoom with the wheel, drag to move."
         if by
