@@ -664,8 +664,8 @@ def test_alpha_that_opencv_does_not_find_is_refused(tmp_path):
 
 
 def test_a_header_that_lies_about_the_size_is_refused(tmp_path, monkeypatch):
-    read_header = imageio._read_header
-    monkeypatch.setattr(imageio, "_read_header", lambda file: dataclasses.replace(read_header(file), width=23))
+    read_header = imageio.read_header
+    monkeypatch.setattr(imageio, "read_header", lambda file: dataclasses.replace(read_header(file), width=23))
     for name in ("PNG RGB", "TIFF RGBA"):
         with pytest.raises(UserError, match="image.bin cannot be decoded: it has another size than its header says"):
             read(tmp_path, KINDS[name](noise(20, 24))[0])
