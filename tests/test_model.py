@@ -10,7 +10,7 @@ from conftest import TINY, merged
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.models.ucdir_model import training_noise
 from ucdir_plugin.options import check_options
-from ucdir_plugin.sampling import sampling_schedule
+from ucdir_plugin.sampling import plan, sampling_schedule
 
 
 def make(changes=None, is_train=True, **path):
@@ -210,6 +210,15 @@ def test_tiles_that_do_not_suit_the_network_are_named_at_the_start():
         make({"network_g": {"denoiser": {"channel_mults": [1, 2, 2]}}, "val": {"sampling": {"tile": 4, "overlap": 1}}})
 
 
+def test_no_image_is_split_for_its_border_alone():
+    model = make({"val": {"sampling": {"tile": 32, "overlap": 4}}}, is_train=False)
+    patches = [plan(model.net_g, side, side, model.sampling).patches for side in (32, 33)]
+    assert model.sampling.border == 8 and patches == [1, 4]
+    released = model.sampling.model_copy(update={"grid": "released"})
+    assert plan(model.net_g, 32, 32, released).patches > 1
+    assert plan(model.net_g, 32, 32, released.model_copy(update={"border": 0})).patches == 1
+
+
 def test_adam_is_fused_unless_the_options_say_otherwise():
     assert make().optimizer_g.defaults["fused"] is True
     assert not make({"train": {"optim_g": {"fused": False}}}).optimizer_g.defaults["fused"]
@@ -291,7 +300,7 @@ OVERFIT = {
         "optim_g": {"lr": 1e-2}, "ema_decay": 0.95, "ema_start": 0,
         "scheduler": {"type": "CosineAnnealingRestartLR", "milestones": None, "gamma": None, "periods": [400]},
     },
-    "val": {"sampling": {"steps": 50}},
+    "val": {"sampling": {"steps": 50, "border": 0}},  # its one training image has none
 }  # fmt: skip
 
 

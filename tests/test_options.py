@@ -53,7 +53,7 @@ def test_defaults_are_filled_in():
     assert opt["datasets"]["val"]["io_backend"] == {"type": "disk"}
     assert opt["val"]["sampling"] == {
         "sampler": "ddpm", "steps": 2, "spacing": "respace", "rescale_end": 0.1, "eta": None, "start_timestep": None,
-        "clip_x0": True, "dynamic_threshold": None, "border": 0, "amp": None, "tile": None, "overlap": 64,
+        "clip_x0": True, "dynamic_threshold": None, "border": 8, "amp": None, "tile": None, "overlap": 64,
         "tile_batch": 1, "grid": "aligned", "merge": "drop", "split": "inter_step", "cache_mb": 1024,
     }  # fmt: skip
     assert opt["diffusion"]["timesteps"] == 2000

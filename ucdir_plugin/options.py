@@ -133,7 +133,7 @@ class SamplingOptions(_Schema):
     start_timestep: Optional[PositiveInt] = None
     clip_x0: bool = True
     dynamic_threshold: Optional[float] = Field(None, gt=0, le=1)
-    border: NotNegativeInt = 0
+    border: NotNegativeInt = 8  # without it the outermost pixels keep noise
     amp: Optional[Literal["bf16", "fp16"]] = None
     tile: Optional[PositiveInt] = None
     overlap: NotNegativeInt = 64

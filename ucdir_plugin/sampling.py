@@ -99,6 +99,7 @@ class Conditioned:
         progress: Optional[Progress] = None,
     ):
         border, (height, width) = options.border, lq.shape[-2:]
+        # At an image's very edge a network that was trained on crops leaves noise in.
         if border:
             lq = F.pad(lq, (border,) * 4, mode="reflect" if border < min(height, width) else "replicate")
         self.net, self.lq, self.options = net, lq, options
@@ -244,16 +245,22 @@ def check_tiles(net: UCDIR, options: SamplingOptions) -> None:
         UserError: if ``tile`` and ``overlap`` do not suit the network's stride.
     """
     if options.tile is not None:
-        _grid(2 * options.tile, 2 * options.tile, options, _stride(net))
+        side = 2 * (options.tile + options.border)
+        _grid(side, side, options, _stride(net))
 
 
 def _stride(net: UCDIR) -> int:
     return getattr(net.denoise_fn, "stride", 1)
 
 
+def _longest_whole(options: SamplingOptions) -> int:
+    """Side up to which an image with its border is one patch: for a border's sake none is split."""
+    return options.tile + (2 * options.border if options.grid == "aligned" else 0)
+
+
 def _grid(height: int, width: int, options: SamplingOptions, stride: int) -> Optional[tiling.Grid]:
-    """The patches of an image that is larger than one."""
-    if options.tile is None or max(height, width) <= options.tile:
+    """The patches of an image (with its border) that is larger than one."""
+    if options.tile is None or max(height, width) <= _longest_whole(options):
         return None
     if options.grid == "released":
         return tiling.Grid.released(height, width, options.tile, options.overlap)
@@ -264,7 +271,7 @@ def _predict(
     net: UCDIR, lq: torch.Tensor, options: SamplingOptions, empty: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     radius = getattr(net.predictor, "receptive_field", None)
-    if options.tile is None or radius is None or max(lq.shape[-2:]) <= options.tile:
+    if options.tile is None or radius is None or max(lq.shape[-2:]) <= _longest_whole(options):
         return net.predict(lq).float()
     stride = net.predictor.stride
     least = 2 * radius + 2 * stride  # at which a patch keeps something
