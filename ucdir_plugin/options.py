@@ -312,6 +312,7 @@ _ONLY = {
     "JPEGDataset": {"quality"},
     "LowLightDataset": {"ratio", "electrons", "read", "row", "bits", "seed"},
     "MixedDegradationDataset": {"degradations", "seed"},
+    "RawPairDataset": {"meta_info_file", "ratio"},
 }
 _MEANINGLESS = {name: {"color", "mean", "std"}.union(*_ONLY.values()) - own for name, own in _ONLY.items()}
 _KNOWN_MODELS = {"UCDIRModel"}
