@@ -80,6 +80,7 @@ FAULTS = [
     ({"train": {"predictor": {"frozen": True}}}, "train:initial_opt has no meaning for a predictor that is frozen"),
     ({"train": {"predictor": {"frozen": True, "lr": 1e-5}}}, "train:predictor:lr has no meaning for a predictor that is"),
     ({"train": {"predictor": {"rate": 1e-5}}}, "unknown option train:predictor:rate"),
+    ({"path": {"pretrain_network_predictor": "a"}, "network_g": {"type": "SIDUNet", "denoiser": None, "predictor": None}}, "path:pretrain_network_predictor: network_g has no predictor"),
     ({"path": {"pretrain_network_predictor": "a", "pretrain_network_g": "b"}}, "pretrain_network_g holds the predictor too"),
     ({"train": None}, "option train is missing"),
     ({"model_type": "UCDIR_Model"}, "there is no model 'UCDIR_Model'; did you mean 'UCDIRModel'"),

@@ -1,5 +1,7 @@
 """Preparing data sets: layouts, resuming, faults; nothing half-written is taken for finished."""
 
+import shutil
+
 import cv2
 import lmdb
 import numpy as np
@@ -113,6 +115,19 @@ def test_gopro(gopro):
         assert np.array_equal(sample["lq"], other["lq"]) and np.array_equal(sample["gt"], other["gt"])
     again = gopro.run(*run, "--out", "cut", "--crop", "32", "--step", "16", "--lmdb")
     assert_one_line_error(again, "lq.lmdb is there already")
+    bad = {"io_backend": {"type": "lmdb"}}
+    for kind in ("lq", "gt"):  # both name an image that neither has
+        bad[f"dataroot_{kind}"] = shutil.copytree(
+            gopro.folder / f"cut/train/{kind}.lmdb", gopro.folder / f"{kind}.lmdb"
+        )
+        with open(bad[f"dataroot_{kind}"] / "meta_info.txt", "a") as meta:
+            meta.write("GOPR9_00_000001.png (32,32,3) 1\n")
+    bad = {**opt, **{key: value if isinstance(value, dict) else str(value) for key, value in bad.items()}}
+    with pytest.raises(UserError, match=r"lq.lmdb has no image GOPR9_00_000001, which its meta_info.txt names"):
+        build_dataset(bad)
+    (gopro.folder / "lq.lmdb" / "data.mdb").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"lq.lmdb cannot be read: .*; make it again"):
+        build_dataset(bad)
 
 
 def test_gopro_faults(gopro):

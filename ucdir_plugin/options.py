@@ -535,12 +535,10 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 raise UserError("option train is missing")
         if opt.get("train"):
             _check_train(opt["train"], opt["network_g"], own_model)
-            if (
-                own_model
-                and opt["path"]["pretrain_network_predictor"]
-                and opt["path"]["pretrain_network_g"]
-                and is_train
-            ):
+            path = opt["path"]
+            if path["pretrain_network_predictor"] and opt["network_g"].get("predictor") is None:
+                raise UserError("option path:pretrain_network_predictor: network_g has no predictor; remove it")
+            if path["pretrain_network_predictor"] and path["pretrain_network_g"] and is_train:
                 raise UserError(
                     "option path:pretrain_network_predictor: pretrain_network_g holds the predictor too; remove one"
                 )

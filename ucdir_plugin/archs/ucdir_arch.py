@@ -152,7 +152,6 @@ class AKGBlock(nn.Module):
     ):
         super().__init__()
         self.activation, self.guidance, self.integration = activation, guidance, integration
-        self.num_bases = num_bases
         # Names as in the released checkpoint.
         self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
         self.norm1 = make_norm(norm, channels)

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+import lmdb
 import numpy as np
 from basicsr.data.data_util import paired_paths_from_lmdb
 from basicsr.data.transforms import augment, paired_random_crop
@@ -60,6 +61,22 @@ def to_sample(
     }
     told = {"condition": condition} if condition else {}
     return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **told}
+
+
+def _check_lmdb(root: str, keys: list[str]) -> None:
+    """
+    Raises:
+        UserError: if an LMDB lacks an image that its meta_info.txt names.
+    """
+    try:
+        with lmdb.open(root, readonly=True, lock=False, readahead=False) as base, base.begin(buffers=True) as reader:
+            missing = next((key for key in keys if reader.get(key.encode()) is None), None)
+    except lmdb.Error as err:
+        if "already open" in str(err):  # by another data set of this process, which has looked
+            return
+        raise UserError(f"LMDB {root} cannot be read: {err}; make it again") from err
+    if missing is not None:
+        raise UserError(f"LMDB {root} has no image {missing}, which its meta_info.txt names; make it again")
 
 
 def read_conditions(path: str) -> dict[str, dict[str, Any]]:
@@ -131,6 +148,8 @@ class PairedRestorationDataset(Dataset):
             except (OSError, ValueError) as err:
                 raise UserError(f"option datasets: {opt['name']}: {err}") from err
             self.pairs = [(p["lq_path"], p["lq_path"], p["gt_path"]) for p in pairs]
+            for root, column in ((lq, 1), (gt, 2)):
+                _check_lmdb(root, [pair[column] for pair in some_of(self.pairs)])
         else:
             self.pairs = self._pair_files(gt, lq)
             for _, lq_path, gt_path in some_of(self.pairs):
