@@ -127,9 +127,9 @@ def test_wrong_values(values, message):
         ({"q": {"range": [2, 2]}}, r"conditions:q:range: \[smallest, largest\] value .* got \[2, 2\]"),
         ({"q": {"range": [1, 2], "drop": 1}}, "conditions:q:drop: a share .* got 1"),
         ({"q": {"range": [1, 2], "encoding": "clas"}}, "conditions:q:encoding: .*did you mean 'class'"),
-        ({"q": {"encoding": "class", "range": [1, 2]}}, "q:range has no meaning for encoding: class"),
-        ({"q": {"encoding": "class", "classes": ["a", "a"]}}, "two or more different names"),
-        ({"a-b": {"range": [1, 2]}}, "a condition's name is made of"),
+        ({"q": {"encoding": "class", "range": [1, 2]}}, "conditions:q:range has no meaning for encoding: class"),
+        ({"q": {"encoding": "class", "classes": ["a", "a"]}}, "conditions:q:classes: two or more different names"),
+        ({"a-b": {"range": [1, 2]}}, "conditions:a-b: a condition's name is made of"),
     ],
 )
 def test_wrong_declarations_are_named_by_the_options(declared, message):

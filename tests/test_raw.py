@@ -73,7 +73,7 @@ def test_a_short_exposure_amplified_is_the_long_one(tmp_path):
 
 
 def test_camera_white_balance(tmp_path):
-    gray = np.full((8, 8, 3), 0.2)
+    gray = np.full((20, 24, 3), 0.2)
     write_dng(tmp_path / "a.dng", mosaic(gray * np.array([0.5, 1.0, 0.8])), neutral=(0.5, 1.0, 0.8))
     image = raw_files.develop(str(tmp_path / "a.dng")).astype(float)
     assert np.ptp(image.mean((0, 1))) < 0.02 * image.mean()
