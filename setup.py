@@ -46,8 +46,10 @@ setup(
     ],
     extras_require={
         "metrics": METRICS,
+        "raw": ["rawpy>=0.18"],
         "dev": [
             *METRICS,
+            "rawpy>=0.18",
             "pytest>=7.4",
             "ruff==0.17.6",
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against

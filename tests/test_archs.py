@@ -8,7 +8,17 @@ from conftest import TINY_DENOISER, TINY_PREDICTOR
 
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.archs.ucdir_arch import NORMS, Norm, _Level, make_norm
+from ucdir_plugin.archs.ucdir_arch import (
+    ACTIVATIONS,
+    NORMS,
+    Activation,
+    AKGBlock,
+    Guidance,
+    Integration,
+    Norm,
+    _Level,
+    make_norm,
+)
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch
 
@@ -114,8 +124,9 @@ def test_layernorm2d_copies_nothing_that_is_channels_last():
     assert x.data_ptr() in kept  # for the backward pass: what it normalised is x itself
 
 
-def test_every_norm_can_be_named_in_the_options():
+def test_every_choice_can_be_named_in_the_options():
     assert typing.get_args(Norm) == tuple(NORMS)
+    assert typing.get_args(Activation) == tuple(ACTIVATIONS)
 
 
 def test_layernorm2d_replaces_layernorm_everywhere():
@@ -242,6 +253,126 @@ def test_torch_compile_of_a_level_with_each_norm(norm):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+# The paper's ablations (Table 4)
+
+INTEGRATIONS, GUIDANCES = typing.get_args(Integration), typing.get_args(Guidance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", GUIDANCES)
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_a_block_is_its_formula(integration, guidance):
+    """What each integration does with M = G * S, written out; G of the guide, of the block's own h, or 1."""
+    block = AKGBlock(4, 8, emb_dim=6, num_bases=2, integration=integration, guidance=guidance)
+    x, emb, guide = torch.randn(2, 4, 7, 9), torch.randn(2, 6), torch.randn(2, 3, 7, 9)
+    features = block.guide_features(guide) if guidance in ("initial", "degraded") else None
+    found = block(x, emb, features)
+    silu, conv = torch.nn.functional.silu, torch.nn.functional.conv2d
+    h = block.norm2(silu(block.conv1(block.norm1(x))))
+    scalars = block.noise_func(emb)[:, :, None, None]
+    spatial = {"none": torch.ones(2, 2, 7, 9), "internal": h}.get(guidance, guide)
+    mix = scalars * (spatial if guidance == "none" else block.conv2(spatial))
+    if integration == "akgm":
+        z = conv(h, block.spdyconv.weight, block.spdyconv.bias, padding=1, groups=2).view(2, 8, 2, 7, 9)
+        expected = (z * mix.unsqueeze(1)).sum(2)
+    else:
+        told, weight, bias = block.spread(mix), block.plainconv.weight, block.plainconv.bias
+        if integration == "addition":
+            expected = conv(h + told, weight, bias, padding=1)
+        elif integration == "concatenation":
+            assert told.shape[1] == 8
+            expected = conv(h, weight[:, :8], bias, padding=1) + conv(told, weight[:, 8:], padding=1)
+        else:
+            expected = conv(h * (1 + told[:, :8]) + told[:, 8:], weight, bias, padding=1)
+    torch.testing.assert_close(found, silu(expected) + block.res_conv(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_guide_is_what_the_guidance_says():
+    """An image as guide changes the noise if it is the one that guides; of two that do not, neither does."""
+    lq, initial, x_t, level = (*torch.randn(3, 2, 3, 12, 12), torch.tensor([0.3, 0.8]))
+    for guidance in GUIDANCES:
+        net = UCDIR(denoiser={**TINY_DENOISER, "guidance": guidance}, predictor=TINY_PREDICTOR).eval()
+        guide = net.guide(lq, initial)
+        assert guide is (lq if guidance == "degraded" else initial)
+        out = net.denoise(x_t, level, lq, guide)
+        torch.testing.assert_close(net.denoise(x_t, level, lq, net.prepare(guide)), out)
+        changed = (net.denoise(x_t, level, lq, guide + 1) - out).abs().max() > 1e-5
+        assert changed == (guidance in ("initial", "degraded"))
+        eps, predicted = net(lq, lq, level, x_t)
+        noisy = level[:, None, None, None] * (lq - predicted) + (1 - level**2).sqrt()[:, None, None, None] * x_t
+        torch.testing.assert_close(eps, net.denoise(noisy, level, lq, net.guide(lq, predicted)), rtol=1e-4, atol=1e-5)
+
+
+CHOICES = [
+    {"activation": "relu"}, {"norm": "none"}, {"norm": "groupnorm"}, {"kernel_size": 5}, {"kernel_size": 1}, {"num_bases": 2},
+    *({"integration": i, "guidance": g} for i in INTEGRATIONS for g in GUIDANCES if (i, g) != ("akgm", "initial")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(map(str, c.values())))
+def test_every_choice_trains_and_changes_the_result(choice):
+    net, default = small_denoiser(dropout=0.0, **choice), small_denoiser(dropout=0.0)
+    torch.manual_seed(1)
+    out, grads = gradients(net)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert sum(grad.abs().sum() == 0 for grad in grads) == 0
+    torch.manual_seed(1)
+    same = torch.allclose(out, gradients(default)[0], atol=1e-4)
+    assert same == (choice == {"integration": "akgm", "guidance": "degraded"})  # only UCDIR hands over another image
+
+
+@torch.no_grad()
+def test_relu_replaces_swish_in_blocks_and_head():
+    net = small_denoiser(activation="relu").eval()
+    assert isinstance(net.final_conv[1], torch.nn.ReLU)
+    block = AKGBlock(4, 4, emb_dim=6, num_bases=2, norm="none", activation="relu", guidance="none")
+    with torch.no_grad():
+        block.spdyconv.bias.fill_(-100)
+    x = torch.randn(1, 4, 5, 5)
+    block.noise_func[2].weight.zero_()
+    block.noise_func[2].bias.fill_(1)
+    assert torch.equal(block(x, torch.randn(1, 6), None), x)  # all of the branch is below 0
+
+
+@torch.no_grad()
+def test_groupnorm_has_32_groups():
+    assert make_norm("groupnorm", 64).num_groups == 32 and make_norm("groupnorm", 48).num_groups == 16
+    assert isinstance(make_norm("none", 8), torch.nn.Identity)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", [{"norm": "none"}, {"kernel_size": 5}, {"integration": "adain"},
+                                    {"integration": "addition", "guidance": "internal"}], ids=str)  # fmt: skip
+def test_local_networks_know_how_far_they_look(choice):
+    """A change right outside of the receptive field changes nothing; the field is no smaller than the default's."""
+    local = {"norm": "layernorm2d", "attn_res": [], "mid_attn": False, "channel_mults": [1, 2], "inner_channel": 4, "num_bases": 2}  # fmt: skip
+    net, default = small_denoiser(**{**local, **choice}).eval(), small_denoiser(**local).eval()
+    radius = net.receptive_field
+    further = (
+        "kernel_size" in choice or choice.get("guidance") == "internal"
+    )  # the guide's one more is within x's field
+    assert (radius > default.receptive_field) == further and radius >= default.receptive_field
+    width = 2 * radius + 8
+    x, guide = torch.randn(1, 6, 8, width), torch.randn(1, 3, 8, width)
+    level, edge = torch.tensor([0.5]), width // 2 // 2 * 2
+    other_x, other_guide = x.clone(), guide.clone()
+    other_x[..., edge:] += 1
+    other_guide[..., edge:] += 1
+    a, b = net(x, level, guide), net(other_x, level, other_guide)
+    torch.testing.assert_close(a[..., : edge - radius], b[..., : edge - radius], rtol=0, atol=1e-6)
+    assert not torch.allclose(a[..., edge:], b[..., edge:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_predictor_the_image_itself_is_diffused():
+    net = UCDIR(denoiser={**TINY_DENOISER, "guidance": "none"}, predictor=None).eval()
+    lq, hr, noise, level = (*torch.randn(3, 1, 3, 8, 8), torch.tensor([0.6]))
+    eps, initial = net(lq, hr, level, noise)
+    assert not initial.any() and not any("predictor" in key for key in net.state_dict())
+    torch.testing.assert_close(eps, net.denoise(0.6 * hr + 0.8 * noise, level, lq, initial), rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_denoiser_is_a_regression_network():
     net = UCDIRDenoiser(
@@ -289,6 +420,11 @@ def test_predictor_range_is_converted():
         ({"type": "SIDUnet"}, "there is no arch 'SIDUnet'; did you mean 'SIDUNet'"),
         ({"type": "SIDUNet", "widht": 3}, "unexpected keyword argument 'widht'"),
         ({"type": "UCDIRDenoiser", "norm": "layer_norm"}, "there is no norm 'layer_norm'; did you mean 'layernorm' or"),
+        ({"type": "UCDIRDenoiser", "guidance": "intial"}, "there is no guidance 'intial'; did you mean 'initial'"),
+        ({"type": "UCDIRDenoiser", "integration": "adin"}, "there is no integration 'adin'; did you mean 'adain'"),
+        ({"type": "UCDIRDenoiser", "activation": "swsh"}, "there is no activation 'swsh'; did you mean 'swish'"),
+        ({"type": "UCDIRDenoiser", "kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"type": "UCDIR", "predictor": None, "denoiser": TINY_DENOISER}, "set the denoiser's guidance to none"),
         ({"type": "UCDIRDenoiser", "inner_channel": 12}, "12 channels is no multiple of num_bases 8"),
     ],
 )

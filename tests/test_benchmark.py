@@ -5,10 +5,11 @@ import json
 import cv2
 import pytest
 import torch
-from conftest import RESTORING, TINY, assert_one_line_error
+from conftest import RESTORING, ROOT, TINY, assert_one_line_error
 
-from ucdir_plugin import benchmark, benchmark_restore
+from ucdir_plugin import benchmark, benchmark_options, benchmark_restore
 from ucdir_plugin.archs import UCDIRDenoiser, akgm_compiled
+from ucdir_plugin.archs.ucdir_arch import AKGBlock
 
 NAMES = benchmark._variants(*benchmark.REPLACED, *benchmark.CHOSEN)
 SMALL = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
@@ -92,6 +93,39 @@ def test_a_table_and_its_picture(tmp_path):
 )
 def test_bad_arguments(arguments, message, workplace):
     assert_one_line_error(workplace.run("benchmark.py", *arguments), message)
+
+
+def test_multiply_adds_are_those_of_the_layers():
+    conv, linear = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, 5)
+    x = torch.randn(1, 3, 10, 12)
+    found = benchmark_options.macs(lambda: linear(conv(x).movedim(1, -1)))
+    assert found == 120 * (9 * 3 * 8 + 8 * 5)
+    block = AKGBlock(8, 16, emb_dim=6, num_bases=4)
+    h, emb, features = torch.randn(1, 8, 10, 12), torch.randn(1, 6), torch.randn(1, 4, 10, 12)
+    plain = 120 * (9 * 8 * 16 + 8 * 16) + 6 * 4 + 4 * 4  # first convolution, shortcut, scalars
+    assert benchmark_options.macs(lambda: block(h, emb, features)) == plain + 120 * (9 * 16 * 16 + 16 * 4)
+
+
+def test_the_released_network_costs_what_its_authors_say_and_akgm_what_a_plain_convolution_does():
+    """189 and 12 GMACs at 256x256, 97.35 and 7.76 M parameters; AKGM, its guide included, within 2 % (paper, 3.2)."""
+    options = ROOT / "options"
+    ours = benchmark_options.costs(benchmark_options.network(str(options / "sid_ucdir.yml")))
+    assert (ours["parameters M"], ours["predictor M"]) == (97.35, 7.76)
+    assert round(ours["predictor GMACs"]) == 12 and abs(ours["GMACs"] - 189) < 0.02 * 189
+    plain = benchmark_options.costs(benchmark_options.network(str(options / "ablation" / "dvsr.yml")))
+    assert 1 < ours["GMACs"] / plain["GMACs"] < 1.02
+    sr3 = benchmark_options.costs(benchmark_options.network(str(options / "ablation" / "sr3.yml")))
+    assert sr3["predictor M"] == sr3["predictor GMACs"] == 0 and sr3["GMACs"] == plain["GMACs"]
+
+
+def test_costs_of_option_files_are_a_table(place, measured):
+    done = place.run("benchmark.py", "complexity", "-opt", measured, "edsr.yml", "--size", "32")
+    assert done.returncode == 0, done.stderr
+    pair, edsr = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    assert pair["option file"] == "pairs" and pair["predictor GMACs"] >= 0 and pair["peak MB of a step"] >= 0
+    assert edsr["predictor M"] == 0
+    done = place.run("benchmark.py", "complexity", "-opt", measured, "none.yml")
+    assert_one_line_error(done, "none.yml cannot be read")
 
 
 PAIRS = {**TINY["datasets"]["val"], "name": "pairs"}

@@ -3,12 +3,20 @@
 import json
 
 import pytest
+import torch
 import yaml
+from basicsr.data import build_dataset
+from basicsr.models import build_model
 from conftest import PHOTOS, ROOT
+from torch.utils.data import default_collate
 
+from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import apply_overrides, load_options
+from ucdir_plugin.registry import build_arch
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
+ALONE = [file for file in FILES if "/" not in file]
+VARIANTS = [file for file in FILES if "/" in file]  # that name a _base_: many, so they run without the tools
 
 DENOISER = ["inner_channel=8", "channel_mults=[1,2]", "res_blocks=1"]
 CUT = {
@@ -45,7 +53,7 @@ def test_paper_settings(file):
     assert opt["datasets"]["train"]["gt_size"] == 256
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALONE)
 def test_trains_and_tests(file, workplace):
     raw = yaml.safe_load((ROOT / "options" / file).read_text())
     changes = [*CUT[raw["network_g"]["type"]], "train:total_iter=2", "val:val_freq=2", "logger:print_freq=1"]
@@ -65,6 +73,94 @@ def test_trains_and_tests(file, workplace):
     assert set(mean) == (
         {"input", "initial", "restored"} if raw["network_g"]["type"] == "UCDIR" else {"input", "restored"}
     )
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_variants_train_and_restore(file, workplace, monkeypatch):
+    """Two steps of the model and one image restored, with the networks' sizes cut down."""
+    monkeypatch.chdir(workplace.folder)
+    small = dict(zip(("inner_channel", "channel_mults", "res_blocks"), (8, [1, 2], 1)))
+    opt = load_options(str(ROOT / "options" / file))
+    opt["network_g"]["denoiser"].update(small)
+    if opt["network_g"]["predictor"] is not None:
+        opt["network_g"]["predictor"].update(SMALL_PREDICTORS[opt["network_g"]["predictor"]["type"]])
+    opt["val"]["sampling"]["steps"] = 2
+    opt.update(dist=False, rank=0, world_size=1, num_gpu=0, is_train=True)
+    for phase in ("train", "val"):
+        roots = [key for key in opt["datasets"][phase] if key.startswith("dataroot")]
+        opt["datasets"][phase].update(dict.fromkeys(roots, "photos"), phase=phase, scale=1, gt_size=16)
+    weights = opt["path"]["pretrain_network_predictor"]
+    if weights:
+        (workplace.folder / "weights").mkdir()
+        torch.manual_seed(3)
+        state = build_arch(opt["network_g"]["predictor"]).state_dict()
+        torch.save({opt["path"]["param_key_predictor"]: state}, weights)
+    model = build_model(opt)
+    for key, value in state.items() if weights else ():
+        assert torch.equal(model.net_g.predictor.state_dict()[key], value)
+    predictor = model.net_g.predictor
+    weights_before = {} if predictor is None else {k: v.clone() for k, v in predictor.state_dict().items()}
+    before = torch.cat([p.detach().flatten() for p in model.net_g.denoise_fn.parameters()])
+    train, val = (build_dataset(opt["datasets"][phase]) for phase in ("train", "val"))
+    for iteration in (1, 2):
+        model.update_learning_rate(iteration)
+        model.feed_data(default_collate([train[0], train[1]]))
+        model.optimize_parameters(iteration)
+    assert model.bad_steps == 0
+    after = torch.cat([p.detach().flatten() for p in model.net_g.denoise_fn.parameters()])
+    assert after.isfinite().all() and not torch.equal(after, before)
+    sample = val[0]
+    model.feed_data({**default_collate([sample]), "key": [sample["key"]]})
+    model.test()
+    visuals = model.get_current_visuals()
+    assert visuals["result"].shape == sample["lq"].unsqueeze(0).shape and visuals["result"].isfinite().all()
+    assert ("initial" in visuals) == (opt["network_g"]["predictor"] is not None)
+    trains = opt["train"]["predictor"]
+    rates = [group["lr"] for group in model.optimizer_g.param_groups]
+    assert rates == [1e-4, *([trains["lr"]] if trains and trains["lr"] else [])]
+    if trains and trains["frozen"]:
+        assert all(torch.equal(v, state[k]) for k, v in model.net_g.predictor.state_dict().items())
+        assert model.net_g.training and not model.net_g.predictor.training
+    elif trains:
+        assert not all(torch.equal(v, weights_before[k]) for k, v in model.net_g.predictor.state_dict().items())
+
+
+SMALL_PREDICTORS = {
+    "SIDUNet": {"width": 4, "levels": 2},
+    "SwinIR": {"embed_dim": 4, "depths": [1], "num_heads": [2]},
+    "RRDBNet": {"num_feat": 4, "num_block": 1, "num_grow_ch": 2},
+    "EDSR": {"num_feat": 4, "num_block": 1},
+}
+
+
+def test_a_variant_is_its_base_but_for_what_it_says():
+    base, variant = (load_options(str(ROOT / "options" / f)) for f in ("sid_ucdir.yml", "ablation/activation_relu.yml"))
+    assert variant["network_g"]["denoiser"].pop("activation") == "relu"
+    assert {**variant, "name": "sid_ucdir"} == base
+    sr3 = load_options(str(ROOT / "options" / "ablation" / "sr3.yml"))
+    assert sr3["network_g"]["predictor"] is None and sr3["network_g"]["denoiser"]["inner_channel"] == 64
+
+
+def test_bases(tmp_path):
+    """Merged key by key; another type replaces all; the nearest base first; faults name the file."""
+    demo = ROOT / "options" / "demo_ucdir.yml"
+    predictor = "{type: RRDBNet, num_in_ch: 3, num_out_ch: 3, scale: 1}"
+    (tmp_path / "a.yml").write_text(f"_base_: {demo}\nname: a\nmanual_seed: 5\nnetwork_g:\n  predictor: {predictor}\n")
+    (tmp_path / "b.yml").write_text("_base_: a.yml\nname: b\ntrain:\n  optim_g: {lr: 1e-5}\n")
+    opt, base = load_options(str(tmp_path / "b.yml")), load_options(str(demo))
+    assert (opt["name"], opt["manual_seed"]) == ("b", 5) and "_base_" not in opt
+    assert set(opt["network_g"]["predictor"]) == {"type", "num_in_ch", "num_out_ch", "scale"}
+    assert opt["train"] == {**base["train"], "optim_g": {**base["train"]["optim_g"], "lr": 1e-5}}
+    assert load_options(str(tmp_path / "b.yml"), ["manual_seed=7"])["manual_seed"] == 7
+    for text, message in (
+        ("_base_: c.yml\nname: c", "c.yml: it is its own _base_"),
+        ("_base_: none.yml", "none.yml cannot be read: No such file"),
+        ("_base_: [a.yml]", "c.yml: _base_: the path of one option file is expected"),
+        ("_base_: a.yml\nnetwork_g: {predictor: {num_fet: 3}}", "network_g:predictor:num_fet for RRDBNet"),
+    ):
+        (tmp_path / "c.yml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_options(str(tmp_path / "c.yml"))
 
 
 def test_demo_data(workplace):

@@ -4,6 +4,7 @@ python tools/benchmark.py akgm         AKGM against a plain convolution
 python tools/benchmark.py forward      sampling with the released SID network against the release's formulation
 python tools/benchmark.py train        training steps
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
+python tools/benchmark.py complexity -opt FILE.yml ...   parameters, multiply-adds and memory of these networks
 python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
 """
 
@@ -26,6 +27,10 @@ def parse_args() -> argparse.Namespace:
     forward.add_argument("--size", type=int, default=256, help="image height and width (default: %(default)s)")
     complexity = what.add_parser("complexity", parents=[common])
     complexity.add_argument("--figure", metavar="FILE.png", help="draw the growth curves here")
+    complexity.add_argument(
+        "-opt", nargs="+", metavar="FILE.yml", help="option files whose networks are to be compared"
+    )
+    complexity.add_argument("--size", type=int, default=256, help="-opt: height and width (default: %(default)s)")
     restore = what.add_parser("restore", parents=[common])
     restore.add_argument("-opt", required=True, metavar="FILE.yml", help="option file of a UCDIR network")
     restore.add_argument("--weights", metavar="FILE", help="default: what the option file trained last")
@@ -54,6 +59,12 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.what == "restore":
         results = restore(args)
+    elif args.what == "complexity" and args.opt:
+        if figure:
+            raise UserError("--figure draws the growth curves: leave out -opt")
+        from ucdir_plugin import benchmark_options
+
+        results = benchmark_options.table(args.opt, args.size)
     else:
         results = {
             "akgm": lambda: benchmark.akgm_alone(args.repeats),

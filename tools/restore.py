@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
         metavar="L",
         help="prediction + L * residual: 0 smooth .. 1 detailed (default)",
     )
+    add("--condition", nargs="+", metavar="NAME=VALUE", default=[], help="what the network is told of the images")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="in which the networks compute; fp16 on CUDA only")
     add("--overwrite", action="store_true", help="restore also what has been restored before")
@@ -70,6 +71,7 @@ def main() -> int:
         seed=args.seed,
         samples=args.samples,
         blend=args.blend,
+        condition=read_assignments(args.condition, "--condition"),
         overwrite=args.overwrite,
         max_pixels=int(args.max_pixels or restorer.MAX_PIXELS),
         scratch=args.scratch,

@@ -64,7 +64,7 @@ def _as(variant: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", REPLACED[variant]))
         if variant == "released formulation":
             stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
-            stack.enter_context(mock.patch.object(ucdir_arch, "_silu", F.silu))
+            stack.enter_context(mock.patch.object(ucdir_arch, "_activate", lambda x, _: F.silu(x)))
         yield
 
 
@@ -291,7 +291,7 @@ def _loader(repeats: int) -> dict:
     """Seconds in which the demo's loader makes a batch, against those of its training step."""
     from skimage import data
 
-    from ucdir_plugin.data.jpeg_dataset import jpeg
+    from ucdir_plugin.data.degradations import jpeg
 
     image = data.astronaut()[:, :, ::-1].astype("float32") / 255
     batch, crop = 4, 64

@@ -18,6 +18,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ucdir_plugin import registry
+from ucdir_plugin.conditions import declare
+from ucdir_plugin.data.degradations import chain
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.metrics import protocol
 
@@ -199,6 +201,8 @@ class PathOptions(_Schema):
     pretrain_network_g: Optional[str] = None
     param_key_g: Optional[str] = "params"
     strict_load_g: bool = True
+    pretrain_network_predictor: Optional[str] = None
+    param_key_predictor: Optional[str] = "params"
     resume_state: Optional[str] = None
     ignore_resume_networks: Optional[Union[str, List[str]]] = None
 
@@ -221,6 +225,13 @@ class LoggerOptions(_Schema):
     wandb: Optional[dict] = None
 
 
+class PredictorOptions(_Schema):
+    """How UCDIR's initial predictor trains; default: as the denoiser."""
+
+    frozen: bool = False
+    lr: Optional[float] = Field(None, gt=0)
+
+
 class TrainOptions(_Schema):
     total_iter: PositiveInt
     warmup_iter: Int = -1
@@ -230,6 +241,7 @@ class TrainOptions(_Schema):
     ema_start: NotNegativeInt = 0
     diffusion_opt: Optional[_Typed] = None
     initial_opt: Optional[_Typed] = None
+    predictor: Optional[PredictorOptions] = None
     grad_clip: Optional[float] = Field(None, gt=0)
     accumulate: PositiveInt = 1
     amp: Optional[Literal["bf16", "fp16"]] = None
@@ -257,6 +269,15 @@ class DatasetOptions(_Schema):
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
     quality: Union[int, Tuple[int, int], None] = None
+    degradations: Optional[List[Dict[str, Any]]] = None
+    ratio: Union[float, Tuple[float, float], None] = None
+    electrons: Union[float, Tuple[float, float], None] = None
+    read: Union[float, Tuple[float, float], None] = None
+    row: Union[float, Tuple[float, float], None] = None
+    bits: Optional[PositiveInt] = None
+    seed: Optional[Int] = None
+    condition: Dict[str, Union[float, str]] = Field(default_factory=dict)
+    condition_file: Optional[str] = None
     num_worker_per_gpu: NotNegativeInt = 0
     batch_size_per_gpu: PositiveInt = 1
     dataset_enlarge_ratio: PositiveInt = 1
@@ -285,12 +306,15 @@ class Options(_Schema):
     compile: bool = False
 
 
-# Of the keys in DatasetOptions, those without meaning for this package's datasets. Other datasets may have more keys.
-_PAIRED_ONLY = {"dataroot_lq", "meta_info_file", "filename_tmpl", "io_backend"}
-_MEANINGLESS = {
-    "PairedRestorationDataset": {"color", "mean", "std", "quality"},
-    "JPEGDataset": {"color", "mean", "std", *_PAIRED_ONLY},
+# Of the keys in DatasetOptions, those that one of this package's datasets alone has, and by it those without meaning.
+_ONLY = {
+    "PairedRestorationDataset": {"dataroot_lq", "meta_info_file", "filename_tmpl", "io_backend", "condition_file"},
+    "JPEGDataset": {"quality"},
+    "LowLightDataset": {"ratio", "electrons", "read", "row", "bits", "seed"},
+    "MixedDegradationDataset": {"degradations", "seed"},
+    "RawPairDataset": {"meta_info_file", "ratio"},
 }
+_MEANINGLESS = {name: {"color", "mean", "std"}.union(*_ONLY.values()) - own for name, own in _ONLY.items()}
 _KNOWN_MODELS = {"UCDIRModel"}
 
 
@@ -351,7 +375,17 @@ def check_call(target: Any, kwargs: Mapping[str, Any], where: str, given: int = 
                 TypeAdapter(hints[key]).validate_json(_to_json(value, f"option {where}:{key}"), strict=True)
             except ValidationError as err:
                 message = err.errors()[0]["msg"]
-                raise UserError(f"option {where}:{key}: {message[0].lower()}{message[1:]}, got {value!r}") from err
+                hint = _near(value, hints[key])
+                raise UserError(
+                    f"option {where}:{key}: {message[0].lower()}{message[1:]}, got {value!r}{hint}"
+                ) from err
+
+
+def _near(value: Any, hint: Any) -> str:
+    """The nearest of the names that an option may have, if it is one of names and one is near."""
+    known = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    nearest = did_you_mean(value, known) if isinstance(value, str) else ""
+    return f"; {nearest}" if nearest.startswith("did you mean") else ""
 
 
 def _to_json(value: Any, where: str) -> str:
@@ -376,11 +410,12 @@ def check_registered(kind: str, cfg: Any, where: str, given: int = 0) -> None:
     check_call(target, kwargs, where, given, own)
     if own and kind == "arch":
         for key, hint in typing.get_type_hints(target.__init__).items():
-            if hint is dict and key in kwargs:
+            if hint in (dict, Optional[dict]) and kwargs.get(key) is not None:
                 check_registered("arch", kwargs[key], f"{where}:{key}")
+        declare(kwargs.get("conditions"), f"{where}:conditions")
 
 
-def _check_train(train: Mapping[str, Any], own_model: bool) -> None:
+def _check_train(train: Mapping[str, Any], network: Mapping[str, Any], own_model: bool) -> None:
     import torch
     from basicsr.models import lr_scheduler
 
@@ -405,13 +440,22 @@ def _check_train(train: Mapping[str, Any], own_model: bool) -> None:
     for key, value in train.items():
         if key.endswith("_opt") and isinstance(value, Mapping):
             check_registered("loss", value, f"train:{key}")
+    predictor = train.get("predictor") or {}
+    for key in ("lr", "frozen"):
+        if predictor.get(key) and own_model and network.get("predictor", {}) is None:
+            raise UserError(f"option train:predictor:{key}: network_g has no predictor; remove it")
+    if predictor.get("frozen") and (predictor.get("lr") or train.get("initial_opt")):
+        other = "predictor:lr" if predictor.get("lr") else "initial_opt"
+        raise UserError(f"option train:{other} has no meaning for a predictor that is frozen; remove one of them")
     if own_model and not train.get("diffusion_opt"):
         raise UserError("option train:diffusion_opt is missing (the loss on the predicted noise)")
     if not own_model and scheduler is None:
         raise UserError("option train:scheduler is missing")
 
 
-_OWN_TRAIN = ("ema_start", "diffusion_opt", "initial_opt", "grad_clip", "accumulate", "amp", "max_bad_steps")
+_OWN_TRAIN = (
+    "ema_start", "diffusion_opt", "initial_opt", "predictor", "grad_clip", "accumulate", "amp", "max_bad_steps"
+)  # fmt: skip
 
 
 def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
@@ -479,6 +523,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             registry.lookup("dataset", dataset["type"], f"option datasets:{phase}:type")
             for key in sorted(_MEANINGLESS.get(dataset["type"], set()) & {k for k, v in datasets[phase].items() if v}):
                 raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
+            if dataset.get("degradations") is not None:
+                chain(dataset["degradations"], f"datasets:{phase}:degradations")
         for name, metric in (opt["val"].get("metrics") or {}).items():
             check_metric(metric, f"val:metrics:{name}")
             metric.setdefault("better", protocol.better(metric))
@@ -488,11 +534,20 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             if not opt.get("train"):
                 raise UserError("option train is missing")
         if opt.get("train"):
-            _check_train(opt["train"], own_model)
+            _check_train(opt["train"], opt["network_g"], own_model)
+            path = opt["path"]
+            if path["pretrain_network_predictor"] and opt["network_g"].get("predictor") is None:
+                raise UserError("option path:pretrain_network_predictor: network_g has no predictor; remove it")
+            if path["pretrain_network_predictor"] and path["pretrain_network_g"] and is_train:
+                raise UserError(
+                    "option path:pretrain_network_predictor: pretrain_network_g holds the predictor too; remove one"
+                )
             if not own_model:
                 _drop_own(opt["train"], raw["train"], opt["model_type"])
         _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
         if not own_model:
+            if opt["network_g"].get("conditions"):
+                raise UserError(f"option network_g:conditions is for UCDIRModel; {opt['model_type']} gives none")
             if opt["compile"]:
                 raise UserError(f"option compile is for UCDIRModel; {opt['model_type']} would ignore it")
             del opt["diffusion"], opt["val"]["sampling"], opt["compile"]
@@ -529,12 +584,13 @@ def _without(paths: set, node: Any, here: tuple = ()) -> Any:
     return {k: _without(paths, v, (*here, k)) for k, v in node.items() if (*here, k) not in paths}
 
 
-def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
-    """Read, override and check an option file.
+def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
+    """An option file on top of the one that it names as ``_base_``, relative to its own folder (as in MMEngine).
 
-    Raises:
-        UserError: if it is missing, no plain YAML, or has a fault.
+    Mappings are merged; where both have a ``type`` and it differs, the file's own replaces that of the base.
     """
+    if os.path.realpath(path) in above:
+        raise UserError(f"option file {path}: it is its own _base_")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -545,5 +601,30 @@ def load_options(path: str, overrides: Optional[List[str]] = None, is_train: boo
     raw = read_yaml(text, path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a mapping of options is expected")
+    base = raw.pop("_base_", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"{path}: _base_: the path of one option file is expected, got {base!r}")
+    return _on_top(_read_file(os.path.join(os.path.dirname(path), base), (*above, os.path.realpath(path))), raw)
+
+
+def _on_top(base: dict, changes: dict) -> dict:
+    if changes.get("type", base.get("type")) != base.get("type"):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _on_top(base[key], value) if both else value
+    return merged
+
+
+def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
+    """Read, override and check an option file; its ``_base_`` is the option file that it changes.
+
+    Raises:
+        UserError: if it is missing, no plain YAML, or has a fault.
+    """
+    raw = _read_file(path)
     apply_overrides(raw, overrides)
     return check_options(raw, is_train, os.path.basename(path))

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -202,6 +202,7 @@ def restore_files(
     seed: Optional[int] = None,
     samples: int = 1,
     blend: float = 1.0,
+    condition: Optional[Mapping[str, Any]] = None,
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
     scratch: Optional[str] = None,
@@ -213,7 +214,7 @@ def restore_files(
 
     Args:
         source, target: see :func:`find_jobs`.
-        seed, samples, blend: see :meth:`Restorer.run`.
+        seed, samples, blend, condition: see :meth:`Restorer.run`.
         overwrite: restore also what has been restored before.
         max_pixels: larger images are refused.
         scratch: a folder for the image-sized tensors of sampling, which else are in memory.
@@ -224,7 +225,7 @@ def restore_files(
     Raises:
         UserError: if nothing could be restored, or results cannot be written.
     """
-    model.check(samples, blend)
+    model.check(samples, blend, condition)
     jobs, failed, extension = find_jobs(source, target)
     if not jobs:
         _give_up(source, failed)
@@ -232,7 +233,7 @@ def restore_files(
     if scratch is not None and model.device.type != "cpu":
         raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
-    settings = model.settings(seed, samples, blend)
+    settings = model.settings(seed, samples, blend, condition)
     records = {job: read_record(job.stem) for job in jobs}
     skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
@@ -249,7 +250,9 @@ def restore_files(
             try:
                 if not overwrite:
                     _keep_foreign(results, records[job], samples)
-                record = _restore_one(model, job, results, writer, bar, seed, samples, blend, max_pixels, empty)
+                record = _restore_one(
+                    model, job, results, writer, bar, seed, samples, blend, condition, max_pixels, empty
+                )
             except WriteError:
                 raise
             except (UserError, RuntimeError, MemoryError, ValueError) as err:
@@ -282,6 +285,7 @@ def _restore_one(
     seed: Optional[int],
     samples: int,
     blend: float,
+    condition: Optional[Mapping[str, Any]],
     max_pixels: int,
     empty: Callable[..., torch.Tensor],
 ) -> Dict[str, Any]:
@@ -302,6 +306,7 @@ def _restore_one(
         seed=seed,
         samples=samples,
         blend=blend,
+        condition=condition,
         empty=empty,
         progress=bar.bar.update,
         callback=lambda step, x_t, x0: bar.step(step, model.options.steps),

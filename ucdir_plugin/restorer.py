@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import ucdir_plugin
-from ucdir_plugin import imageio, memory, sampling, weights
+from ucdir_plugin import conditions, imageio, memory, sampling, weights
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.archs.padding import pad_for, size_multiple
 from ucdir_plugin.diffusion import tiling
@@ -98,14 +98,22 @@ class Restorer:
         patches, ratio = (1, 1.0) if grid is None else (len(grid.tiles), grid.computed_ratio)
         return sampling.Plan(1, patches, ratio, round(ratio * height * width))
 
-    def check(self, samples: int, blend: float) -> None:
+    @property
+    def conditions(self) -> Tuple[conditions.Condition, ...]:
+        """Auxiliary scalar conditions that the network declares."""
+        return self.net.conditions if self.diffusion else ()
+
+    def check(self, samples: int, blend: float, condition: Optional[Mapping[str, Any]] = None) -> None:
         """
         Raises:
             UserError: for what this network has no use for, or values out of range.
         """
+        conditions.given(self.conditions, condition)
         at_least_one(samples=samples)
         if not 0 <= blend <= 1:
             raise UserError(f"blend must be between 0 (initial prediction) and 1 (sample), got {blend}")
+        if self.diffusion and self.net.predictor is None and blend != 1:
+            raise UserError("blend has no meaning for a network without an initial predictor; leave it out")
         if not self.diffusion and (samples != 1 or blend != 1):
             what = "samples" if samples != 1 else "blend"
             raise UserError(f"{what} has no meaning for {type(self.net).__name__}, which restores in one pass")
@@ -118,6 +126,7 @@ class Restorer:
         seed: Optional[int] = None,
         samples: int = 1,
         blend: float = 1.0,
+        condition: Optional[Mapping[str, Any]] = None,
         empty: Callable[..., torch.Tensor] = torch.empty,
         progress: Optional[sampling.Progress] = None,
         callback: Optional[Callable[..., None]] = None,
@@ -130,18 +139,21 @@ class Restorer:
             seed: default: the model's.
             samples: how many to draw.
             blend: lambda of initial + lambda * residual (paper, figure 1): 0 the initial prediction, 1 the sample.
+            condition: name -> value of the conditions that the network declares.
             empty, progress: see :class:`ucdir_plugin.sampling.Conditioned`.
             callback: as of the samplers, on the residual's scale.
 
         Returns:
             prediction and samples, each computed when asked for.
         """
-        self.check(samples, blend)
+        self.check(samples, blend, condition)
         lq = lq.to(self.device)
         if not self.diffusion:
             return Drawn(lambda: None, (self._one_pass(lq, empty, progress).clamp_(0, 1) for _ in range(1)))
+        told = conditions.encode(self.conditions, {name: [value] for name, value in (condition or {}).items()}, 1)
+        told = None if told is None else told.to(self.device)
         images = sampling.Conditioned(
-            self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress
+            self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress, told
         )
         seed = self.seed if seed is None else seed
 
@@ -150,6 +162,8 @@ class Restorer:
                 noise = sampling.image_noise(seed, [key], self.device, number, empty)
                 yield images.sample(noise, callback, blend).add_(1).div_(2).clamp_(0, 1)
 
+        if self.net.predictor is None:
+            return Drawn(lambda: None, draw())
         return Drawn(lambda: images.initial.add(1).div_(2).clamp_(0, 1), draw())
 
     @torch.no_grad()  # run's own does not reach what is computed later
@@ -185,13 +199,20 @@ class Restorer:
         tensors += 3 * (samples > 1)  # mean, spread, and the sample that is being written
         return tensors * 3 * 4 * height * width * (self.scale**2 if not self.diffusion else 1)
 
-    def settings(self, seed: Optional[int] = None, samples: int = 1, blend: float = 1.0) -> Dict[str, Any]:
+    def settings(
+        self,
+        seed: Optional[int] = None,
+        samples: int = 1,
+        blend: float = 1.0,
+        condition: Optional[Mapping[str, Any]] = None,
+    ) -> Dict[str, Any]:
         """All that decides what comes out, beside the image and its key."""
         used = self.options.model_dump()
         if not self.diffusion:
             return {**self.about, **{name: used[name] for name in _ONE_PASS}}
         seed = self.seed if seed is None else seed
-        return {**self.about, **used, "seed": seed, "samples": samples, "blend": blend}
+        told = {"condition": dict(condition or {})} if self.conditions else {}
+        return {**self.about, **used, "seed": seed, "samples": samples, "blend": blend, **told}
 
 
 def versions() -> Dict[str, str]:
@@ -374,6 +395,7 @@ def restore(
     seed: Optional[int] = None,
     samples: int = 1,
     blend: float = 1.0,
+    condition: Optional[Mapping[str, Any]] = None,
     key: Optional[str] = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Restored:
@@ -382,7 +404,7 @@ def restore(
     Args:
         image: a file, or an array (H, W, 3) or (H, W): RGB or gray, uint8, uint16, or floating point in [0, 1].
         model: of :func:`load_model`.
-        seed, samples, blend: see :meth:`Restorer.run`.
+        seed, samples, blend, condition: see :meth:`Restorer.run`.
         key: names the image to the noise. Default: the file's name; empty for an array.
         max_pixels: a file with more is refused.
 
@@ -397,13 +419,13 @@ def restore(
     started = time.perf_counter()
     memory.reset_peak(model.device)
     height, width = photo.pixels.shape[:2]
-    drawn = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend)
+    drawn = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend, condition=condition)
     moments, found = Moments(), []
     for result in drawn.samples:
         moments.add(result)
         found.append(_to_array(result[0], photo.gray))
     info = {
-        "settings": model.settings(seed, samples, blend),
+        "settings": model.settings(seed, samples, blend, condition),
         **cost(model, height, width, samples, blend),
         "seconds": time.perf_counter() - started,
         "peak_memory": memory.peak(model.device),

@@ -82,6 +82,7 @@ class Conditioned:
         autocast: in which the networks run.
         empty: allocates tensors of the images' size, called as torch.empty; for instance in a memory-mapped file.
         progress: see :data:`Progress`.
+        condition: of each image, as the network takes it (:func:`ucdir_plugin.conditions.encode`).
 
     Attributes:
         initial: the initial prediction, (B, 3, H, W) in [-1, 1].
@@ -97,12 +98,13 @@ class Conditioned:
         autocast: Callable[[], ContextManager] = nullcontext,
         empty: Callable[..., torch.Tensor] = torch.empty,
         progress: Optional[Progress] = None,
+        condition: Optional[torch.Tensor] = None,
     ):
         border, (height, width) = options.border, lq.shape[-2:]
         # At an image's very edge a network that was trained on crops leaves noise in.
         if border:
             lq = F.pad(lq, (border,) * 4, mode="reflect" if border < min(height, width) else "replicate")
-        self.net, self.lq, self.options = net, lq, options
+        self.net, self.lq, self.options, self.condition = net, lq, options, condition
         self.autocast, self.progress = autocast, progress
         self.schedule = sampling_schedule(training, options)
         self.inner = (..., slice(border, border + height), slice(border, border + width))
@@ -111,12 +113,12 @@ class Conditioned:
         self.grid = _grid(*lq.shape[-2:], options, _stride(net))
         self.denoiser: Optional[samplers.Denoiser] = None
         if self.grid is None:
-            self.denoiser = self._whole(lq, self._initial)
+            self.denoiser = self._whole(lq, self._initial, condition)
         elif options.split == "inter_step":
             self.denoiser = tiling.split(
                 self._denoise,
                 self.grid,
-                (lq, self._initial),
+                (lq, self._initial, condition),
                 tile_batch=options.tile_batch,
                 merge=options.merge,
                 prepare=self._prepare,
@@ -149,7 +151,8 @@ class Conditioned:
         else:
 
             def patch(number: int, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-                return self._sample(self._whole(lq, initial), lq.shape, noise, callback, "patch", number)
+                whole = self._whole(lq, initial, self.condition)
+                return self._sample(whole, lq.shape, noise, callback, "patch", number)
 
             residual = tiling.per_patch(patch, self.grid, (self.lq, self._initial), merge=self.options.merge)
         if residual_weight != 1:
@@ -177,22 +180,28 @@ class Conditioned:
             **extra,
         )
 
-    def _prepare(self, lq: torch.Tensor, initial: torch.Tensor) -> Any:
+    def _prepare(self, lq: torch.Tensor, initial: torch.Tensor, _condition: Optional[torch.Tensor] = None) -> Any:
         with self.autocast():
-            return self.net.prepare(initial)
+            return self.net.prepare(self.net.guide(lq, initial))
 
     def _denoise(
-        self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, initial: torch.Tensor, guide: Any
+        self,
+        x_t: torch.Tensor,
+        level: torch.Tensor,
+        lq: torch.Tensor,
+        initial: torch.Tensor,
+        condition: Optional[torch.Tensor],
+        guide: Any,
     ) -> torch.Tensor:
         with self.autocast():
-            eps = self.net.denoise(x_t, level, lq, guide).float()
+            eps = self.net.denoise(x_t, level, lq, guide, condition).float()
         if self.progress is not None:
             self.progress(len(x_t) * x_t.shape[-2] * x_t.shape[-1])
         return eps
 
-    def _whole(self, lq: torch.Tensor, initial: torch.Tensor) -> samplers.Denoiser:
+    def _whole(self, lq: torch.Tensor, initial: torch.Tensor, condition: Optional[torch.Tensor]) -> samplers.Denoiser:
         guide = self._prepare(lq, initial)
-        return lambda x_t, level: self._denoise(x_t, level, lq, initial, guide)
+        return lambda x_t, level: self._denoise(x_t, level, lq, initial, condition, guide)
 
 
 def restore(
@@ -203,13 +212,14 @@ def restore(
     noise: Noise,
     autocast: Callable[[], ContextManager] = nullcontext,
     callback: Optional[samplers.Callback] = None,
+    condition: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """One sample of each image; arguments as of :class:`Conditioned` and its ``sample``.
 
     Returns:
         initial prediction and restored images, (B, 3, H, W) in [-1, 1] up to overshoot.
     """
-    images = Conditioned(net, lq, training, options, autocast)
+    images = Conditioned(net, lq, training, options, autocast, condition=condition)
     return images.initial, images.sample(noise, callback)
 
 
@@ -270,6 +280,8 @@ def _grid(height: int, width: int, options: SamplingOptions, stride: int) -> Opt
 def _predict(
     net: UCDIR, lq: torch.Tensor, options: SamplingOptions, empty: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
+    if net.predictor is None:
+        return empty(tuple(lq.shape), device=lq.device).zero_()
     radius = getattr(net.predictor, "receptive_field", None)
     if options.tile is None or radius is None or max(lq.shape[-2:]) <= _longest_whole(options):
         return net.predict(lq).float()

@@ -32,22 +32,24 @@ LOOP_ELEMENTS = 2**22
 
 
 def adaptive_kernel_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """3x3 convolution whose kernel is, at every position, a mix of N grouped kernel bases (paper, eq. 2).
+    """k x k convolution whose kernel is, at every position, a mix of N grouped kernel bases (paper, eq. 2).
 
     y[c] = sum_n mix[n] * (bias[c, n] + weight[c, n] * x[input group of c]), with N groups of C / N channels.
 
-    The arithmetic is that of a plain 3x3 convolution C -> C. Half precision is computed in float32 on the CPU.
-    Second derivatives and torch.func go through :func:`adaptive_kernel_conv_loop`.
+    The arithmetic is that of a plain convolution C -> C. Half precision is computed in float32 on the CPU. Second
+    derivatives, torch.func and other sizes than 3x3 go through :func:`adaptive_kernel_conv_loop`.
 
     Args:
         x: (B, C, H, W), contiguous or channels-last.
-        weight: (C * N, C / N, 3, 3), row c * N + n for output channel c and basis n.
+        weight: (C * N, C / N, k, k), k odd, row c * N + n for output channel c and basis n.
         bias: (C * N,).
         mix: (B, N, H, W), the multi-source fusion weights M.
 
     Returns:
         (B, C, H, W), dtype and memory format of x.
     """
+    if weight.shape[-1] != 3:
+        return adaptive_kernel_conv_loop(x, weight, bias, mix)
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return _op(x, weight, bias, mix)
     plain = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # they must see plain operations
@@ -63,7 +65,7 @@ def adaptive_kernel_conv_loop(
     bases = mix.shape[1]
     groups = []
     for xg, wg, bg in zip(x.chunk(bases, 1), weight.to(x.dtype).chunk(bases), bias.to(x.dtype).chunk(bases)):
-        z = F.conv2d(xg, wg, bg, padding=1).unflatten(1, (-1, bases))
+        z = F.conv2d(xg, wg, bg, padding=weight.shape[-1] // 2).unflatten(1, (-1, bases))
         groups.append((z * mix.unsqueeze(1)).sum(2))
     return torch.cat(groups, 1).to(x.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any, Callable, Dict, Iterator, Literal, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Literal, Optional, Sequence, Tuple, Union, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.akgm import adaptive_kernel_conv
 from ucdir_plugin.archs.padding import network_stride, pad_for, pad_to_multiple
+from ucdir_plugin.conditions import Condition, declare
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import diffuse
 from ucdir_plugin.errors import UserError, at_least_one, did_you_mean
@@ -37,6 +38,40 @@ class NoiseLevelEncoding(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), -1)
 
 
+class ConditionEmbedding(nn.Module):
+    """Embedding of auxiliary scalar conditions (paper, section 3.2), to be added to that of the noise level.
+
+    A continuous one is encoded as the noise level is, over its range; a class has a vector of its own. One that is
+    left out adds nothing, and all add nothing before they are trained, so that weights without them can be trained on.
+
+    Shape:
+        (B, number of conditions), in their units, classes by index, NaN where left out -> (B, dim).
+    """
+
+    def __init__(self, conditions: Sequence[Condition], dim: int):
+        super().__init__()
+        self.conditions = tuple(conditions)
+        for condition in self.conditions:
+            if condition.classes:
+                embedding = last = nn.Embedding(len(condition.classes), dim)
+            else:
+                last = nn.Linear(dim * 4, dim)
+                embedding = nn.Sequential(NoiseLevelEncoding(dim), nn.Linear(dim, dim * 4), nn.SiLU(), last)
+                nn.init.zeros_(last.bias)
+            nn.init.zeros_(last.weight)
+            self.add_module(f"{condition.name}_mlp", embedding)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        total = None
+        for condition, column in zip(self.conditions, values.unbind(1)):
+            left_out, value = column.isnan(), column.nan_to_num()
+            low, high = condition.limits
+            value = value.long() if condition.classes else (value - low) / (high - low)
+            part = getattr(self, f"{condition.name}_mlp")(value).masked_fill(left_out.unsqueeze(1), 0)
+            total = part if total is None else total + part
+        return total
+
+
 class SimpleGate(nn.Module):
     """Product of the two halves of the channels (NAFNet)."""
 
@@ -55,12 +90,26 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # of channels-last, a view
 
 
-Norm = Literal["layernorm", "layernorm2d"]
+# The choices of the paper's ablations (Table 4), by their names in the options.
+Norm = Literal["layernorm", "layernorm2d", "groupnorm", "none"]
+Activation = Literal["swish", "relu"]
+Guidance = Literal["initial", "degraded", "internal", "none"]
+Integration = Literal["akgm", "addition", "concatenation", "adain"]
 
 NORMS: Dict[str, Callable[[int], nn.Module]] = {
     "layernorm": lambda channels: nn.GroupNorm(1, channels),  # the release: statistics over channels and positions
     "layernorm2d": LayerNorm2d,
+    "groupnorm": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),  # SR3's 32 groups
+    "none": lambda channels: nn.Identity(),
 }
+
+ACTIVATIONS: Dict[str, Callable[..., torch.Tensor]] = {"swish": F.silu, "relu": F.relu}
+_HEAD = {"swish": nn.SiLU, "relu": nn.ReLU}
+
+
+def _check_name(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise UserError(f"there is no {what} {name!r}; {did_you_mean(name, known)}")
 
 
 def make_norm(name: Norm, channels: int) -> nn.Module:
@@ -69,8 +118,7 @@ def make_norm(name: Norm, channels: int) -> nn.Module:
     Raises:
         UserError: for an unknown name.
     """
-    if name not in NORMS:
-        raise UserError(f"there is no norm {name!r}; {did_you_mean(name, NORMS)}")
+    _check_name("norm", name, NORMS)
     return NORMS[name](channels)
 
 
@@ -78,15 +126,15 @@ class AKGBlock(nn.Module):
     """Adaptive Kernel Guidance block: norm, 3x3 conv, Swish, norm, AKGM, Swish, plus shortcut (paper, figure 1 right).
 
     Args:
-        channels, out_channels: widths; ``out_channels`` must be a multiple of ``num_bases``.
+        channels, out_channels: widths; ``out_channels`` must be a multiple of ``num_bases`` for AKGM.
         emb_dim: width of the scalar condition's embedding.
         guide_channel: channels of the spatial guide.
         num_bases: kernel bases N.
-        norm: as of :class:`UCDIRDenoiser`.
+        norm, activation, guidance, integration, kernel_size: as of :class:`UCDIRDenoiser`.
 
     Shape:
-        x (B, channels, H, W), emb (B, emb_dim), features (B, num_bases, H, W) of :meth:`guide_features`
-        -> (B, out_channels, H, W).
+        x (B, channels, H, W), emb (B, emb_dim), features (B, num_bases, H, W) of :meth:`guide_features`, None where
+        the guidance is ``internal`` or ``none`` -> (B, out_channels, H, W).
     """
 
     def __init__(
@@ -97,17 +145,31 @@ class AKGBlock(nn.Module):
         guide_channel: int = 3,
         num_bases: int = 8,
         norm: Norm = "layernorm",
+        activation: Activation = "swish",
+        guidance: Guidance = "initial",
+        integration: Integration = "akgm",
+        kernel_size: int = 3,
     ):
         super().__init__()
+        self.activation, self.guidance, self.integration = activation, guidance, integration
         # Names as in the released checkpoint.
         self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
         self.norm1 = make_norm(norm, channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = make_norm(norm, out_channels)
-        self.conv2 = nn.Sequential(
-            nn.Conv2d(guide_channel, 2 * num_bases, 1), SimpleGate(), nn.Conv2d(num_bases, num_bases, 3, padding=1)
-        )
-        self.spdyconv = nn.Conv2d(out_channels, out_channels * num_bases, 3, padding=1, groups=num_bases)
+        if guidance != "none":
+            source = out_channels if guidance == "internal" else guide_channel
+            self.conv2 = nn.Sequential(
+                nn.Conv2d(source, 2 * num_bases, 1), SimpleGate(), nn.Conv2d(num_bases, num_bases, 3, padding=1)
+            )
+        if integration == "akgm":
+            self.spdyconv = nn.Conv2d(
+                out_channels, out_channels * num_bases, kernel_size, padding=kernel_size // 2, groups=num_bases
+            )
+        else:
+            self.spread = nn.Conv2d(num_bases, out_channels * (2 if integration == "adain" else 1), 1)
+            width = out_channels * (2 if integration == "concatenation" else 1)
+            self.plainconv = nn.Conv2d(width, out_channels, kernel_size, padding=kernel_size // 2)
         self.res_conv = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def guide_features(self, guide: torch.Tensor) -> torch.Tensor:
@@ -118,15 +180,32 @@ class AKGBlock(nn.Module):
         return self.conv2(guide)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        h = self.norm2(_silu(self.conv1(self.norm1(x))))
-        mix = features * self.noise_func(emb).view(len(x), -1, 1, 1)
-        h = adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
-        return _silu(h).add_(self.res_conv(x))
+        h = self.norm2(_activate(self.conv1(self.norm1(x)), self.activation))
+        mix = self.noise_func(emb).view(len(x), -1, 1, 1)
+        if self.guidance != "none":
+            mix = (self.conv2(h) if self.guidance == "internal" else features) * mix
+        h = _activate(self._integrate(h, mix), self.activation)
+        if self.activation == "relu" and torch.is_grad_enabled():
+            return h + self.res_conv(x)  # its gradient needs its result
+        return h.add_(self.res_conv(x))
+
+    def _integrate(self, h: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+        """The second convolution, told what the sources of condition, M (B, num_bases, H or 1, W or 1), say."""
+        if self.integration == "akgm":
+            mix = mix.expand(-1, -1, *h.shape[-2:])
+            return adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
+        told = self.spread(mix)
+        if self.integration == "addition":
+            return self.plainconv(h + told)
+        if self.integration == "concatenation":
+            return self.plainconv(torch.cat((h, told.expand_as(h)), 1))
+        scale, shift = told.chunk(2, 1)
+        return self.plainconv(torch.addcmul(h + shift, h, scale))
 
 
-def _silu(x: torch.Tensor) -> torch.Tensor:
+def _activate(x: torch.Tensor, name: Activation) -> torch.Tensor:
     """In place where no gradient needs x: fresh memory costs as much as the function."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+    return ACTIVATIONS[name](x, inplace=not torch.is_grad_enabled())
 
 
 def _fast_layout(x: torch.Tensor) -> torch.Tensor:
@@ -206,19 +285,33 @@ class UCDIRDenoiser(nn.Module):
         image_size: nominal size, only used with ``attn_res``.
         mid_attn: attention in the first middle block.
         norm: ``layernorm`` is GroupNorm with one group, with statistics over the whole image, as released;
-            ``layernorm2d`` normalises each position over its channels. With it, ``attn_res: []`` and
+            ``layernorm2d`` normalises each position over its channels. With it (or ``none``), ``attn_res: []`` and
             ``mid_attn: false`` the network is local: patches give exactly the whole (see :attr:`receptive_field`).
-        num_bases: kernel bases N of each AKGM; all widths must be multiples of it.
+            ``groupnorm`` has 32 groups (the largest common divisor with the width, if that is less).
+        num_bases: kernel bases N of each AKGM; all widths must be multiples of it. For the other integrations the
+            channels of the guide's features.
+        kernel_size: of the kernel bases, odd; other sizes than 3 are slower and need more memory.
+        activation: ``swish`` or ``relu``, of the blocks and the head (not of the embeddings of scalars).
+        guidance: where the spatial guide comes from: the ``initial`` prediction; the ``degraded`` image; ``internal``,
+            each block's own feature map; ``none``: the scalars alone, M = S.
+        integration: what M, the product of the guide's features G and the scalars' S, does in a block: ``akgm``
+            mixes kernel bases (paper, eq. 2). The others lead M through a 1x1 convolution to a plain second
+            convolution: ``addition`` to its input h, ``concatenation`` beside h (as many channels as h), ``adain``
+            as scale and shift, h * (1 + scale) + shift.
         dropout: in the final head.
         residual: add the first ``out_channel`` input channels to the output, for the regression baseline; not in the
             release.
         released_padding: pad to multiples of 32 and aligned sizes by a whole 32, bit-faithful to the release.
+        conditions: auxiliary scalar conditions beside the noise level, see :mod:`ucdir_plugin.conditions`; embedded
+            with it and so injected into every block.
         use_checkpoint: compute each block again in the backward pass instead of keeping what is in it: about half
             the memory for a fifth more time (docs/speed.md).
 
     Shape:
         x (B, in_channel, H, W), noise_level (B,) in (0, 1], guide (B, guide_channel, H, W) or what
-        :meth:`guide_features` makes of it -> (B, out_channel, H, W); any size. Range: [-1, 1] images in, noise out.
+        :meth:`guide_features` makes of it, condition (B, number of conditions) of
+        :func:`ucdir_plugin.conditions.encode` (None: all are left out) -> (B, out_channel, H, W); any size.
+        Range: [-1, 1] images in, noise out.
     """
 
     value_range = (-1.0, 1.0)
@@ -236,29 +329,48 @@ class UCDIRDenoiser(nn.Module):
         mid_attn: bool = True,
         norm: Norm = "layernorm",
         num_bases: int = 8,
+        kernel_size: int = 3,
+        activation: Activation = "swish",
+        guidance: Guidance = "initial",
+        integration: Integration = "akgm",
         dropout: float = 0.1,
         residual: bool = False,
         released_padding: bool = False,
         use_checkpoint: bool = False,
+        conditions: Optional[Dict[str, Any]] = None,
     ):
         super().__init__()
-        at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases)
+        at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases, kernel_size=kernel_size)
         at_least_one(channel_mults=min(channel_mults, default=0))
+        _check_name("activation", activation, ACTIVATIONS)
+        _check_name("guidance", guidance, get_args(Guidance))
+        _check_name("integration", integration, get_args(Integration))
+        if kernel_size % 2 == 0:
+            raise UserError(f"kernel_size must be odd, got {kernel_size}")
         for mult in channel_mults:
-            if inner_channel * mult % num_bases:
+            if integration == "akgm" and inner_channel * mult % num_bases:
                 raise UserError(f"a width of {inner_channel * mult} channels is no multiple of num_bases {num_bases}")
         if inner_channel % 2:
             raise UserError(f"inner_channel must be even, got {inner_channel}")
         self.levels, self.res_blocks = len(channel_mults), res_blocks
         self.out_channel, self.residual = out_channel, residual
         self.released_padding, self.use_checkpoint = released_padding, use_checkpoint
+        self.guidance = guidance
+        self.shape_of_block = {"guidance": guidance, "integration": integration, "kernel_size": kernel_size}
         self.noise_level_mlp = nn.Sequential(
             NoiseLevelEncoding(inner_channel),
             nn.Linear(inner_channel, inner_channel * 4),
             nn.SiLU(),
             nn.Linear(inner_channel * 4, inner_channel),
         )
-        block = {"emb_dim": inner_channel, "guide_channel": guide_channel, "num_bases": num_bases, "norm": norm}
+        block = {
+            "emb_dim": inner_channel,
+            "guide_channel": guide_channel,
+            "num_bases": num_bases,
+            "norm": norm,
+            "activation": activation,
+            **self.shape_of_block,
+        }
         last = len(channel_mults) - 1
         channels = inner_channel
         skips = [channels]
@@ -286,11 +398,17 @@ class UCDIRDenoiser(nn.Module):
                 ups.append(_Upsample(channels))
         self.ups = nn.ModuleList(ups)
         self.final_conv = nn.Sequential(
-            make_norm(norm, channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, out_channel, 3, padding=1)
+            make_norm(norm, channels),
+            _HEAD[activation](),
+            nn.Dropout(dropout),
+            nn.Conv2d(channels, out_channel, 3, padding=1),
         )
         if residual:  # start from the input itself
             nn.init.zeros_(self.final_conv[3].weight)
             nn.init.zeros_(self.final_conv[3].bias)
+        self.conditions = declare(conditions)
+        if self.conditions:
+            self.condition_embedding = ConditionEmbedding(self.conditions, inner_channel)
 
     @property
     def stride(self) -> int:
@@ -305,7 +423,7 @@ class UCDIRDenoiser(nn.Module):
         """
         if any(isinstance(module, (nn.GroupNorm, SelfAttention)) for module in self.modules()):
             return None
-        return _receptive_field(self.levels, self.res_blocks)
+        return _receptive_field(self.levels, self.res_blocks, **self.shape_of_block)
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         return pad_to_multiple(x, self.stride, always=self.released_padding)
@@ -316,11 +434,14 @@ class UCDIRDenoiser(nn.Module):
     def guide_features(self, guide: torch.Tensor) -> list[torch.Tensor]:
         """What all blocks take from the guide, in their order, for use in its place.
 
-        Of the guide alone: in sampling it can be computed once for an image instead of in every step.
+        Of the guide alone: in sampling it can be computed once for an image instead of in every step. Empty where the
+        guidance is ``internal`` or ``none``.
 
         Args:
             guide: (B, guide_channel, H, W), of the size of x.
         """
+        if self.guidance in ("internal", "none"):
+            return []
         guide = self._pad(guide)
         height, width = guide.shape[-2:]
         features, pyramid, level = [], {0: guide}, 0
@@ -338,6 +459,7 @@ class UCDIRDenoiser(nn.Module):
         x: torch.Tensor,
         noise_level: Optional[torch.Tensor] = None,
         guide: Union[torch.Tensor, Sequence[torch.Tensor], None] = None,
+        condition: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         if noise_level is None:
             noise_level = x.new_ones(len(x))
@@ -348,6 +470,8 @@ class UCDIRDenoiser(nn.Module):
         image = x
         x = _fast_layout(self._pad(x))
         emb = self.noise_level_mlp(noise_level)
+        if condition is not None:
+            emb = emb + self.condition_embedding(condition)
         skips = []
         for layer in self.downs:
             x = self._run(layer, x, emb, features)
@@ -367,12 +491,14 @@ class UCDIRDenoiser(nn.Module):
         if not isinstance(layer, _Level):
             return layer(x)
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(layer, x, emb, next(features), use_reentrant=False)
-        return layer(x, emb, next(features))
+            return checkpoint(layer, x, emb, next(features, None), use_reentrant=False)
+        return layer(x, emb, next(features, None))
 
 
 @functools.cache
-def _receptive_field(levels: int, res_blocks: int) -> Optional[int]:
+def _receptive_field(
+    levels: int, res_blocks: int, guidance: Guidance, integration: Integration, kernel_size: int
+) -> Optional[int]:
     with torch.random.fork_rng(devices=[]):
         net = UCDIRDenoiser(  # it does not depend on the widths
             in_channel=1,
@@ -385,10 +511,14 @@ def _receptive_field(levels: int, res_blocks: int) -> Optional[int]:
             mid_attn=False,
             norm="layernorm2d",
             num_bases=1,
+            kernel_size=kernel_size,
+            guidance=guidance,
+            integration=integration,
         ).eval()
-    # At most 2 pixels of its level for a block, of which a level has 2 res_blocks + 1 and the middle 2; 1 for the
-    # convolution between levels on either way.
-    bound = 2**levels * (4 * res_blocks + 8)
+    # Pixels of its level for a block, of which a level has 2 res_blocks + 1 and the middle 2; 1 for the convolution
+    # between levels on either way. Of the guide's features, another convolution, only AKGM takes each at its place.
+    reach = 1 + kernel_size // 2 + (integration != "akgm")
+    bound = 2**levels * (reach * (2 * res_blocks + 2) + 4)
     return tiling.receptive_field(lambda x: net(x[:, :1], guide=x[:, 1:]), 2, net.stride, limit=bound, start=bound)
 
 
@@ -399,26 +529,50 @@ class UCDIR(nn.Module):
     All images are in [-1, 1]. State dict keys start with ``denoise_fn.`` and ``predictor.``, as in the release.
 
     Args:
-        denoiser: ``{type: UCDIRDenoiser, ...}``, or any registered arch called as ``net(x, noise_level, guide)``.
-        predictor: ``{type: SIDUNet, ...}``, or any registered arch that keeps the image size.
+        denoiser: ``{type: UCDIRDenoiser, ...}``, or any registered arch called as ``net(x, noise_level, guide)``; with
+            ``conditions`` that it declares, as ``net(x, noise_level, guide, condition)``.
+        predictor: ``{type: SIDUNet, ...}``, or any registered arch that keeps the image size; None (``~``): none, the
+            initial prediction is 0 and the denoiser learns the image itself (SR3).
         predictor_range: the value range that the predictor works in; it is converted to and from [-1, 1].
             Default: what the arch declares as ``value_range``, else BasicSR's [0, 1].
     """
 
-    def __init__(self, denoiser: dict, predictor: dict, predictor_range: Optional[Tuple[float, float]] = None):
+    def __init__(
+        self, denoiser: dict, predictor: Optional[dict], predictor_range: Optional[Tuple[float, float]] = None
+    ):
         super().__init__()
         self.denoise_fn = build_arch(denoiser, "denoiser")
-        self.predictor = build_arch(predictor, "predictor")
+        self.predictor = None if predictor is None else build_arch(predictor, "predictor")
+        if predictor is None and self.guidance == "initial":
+            raise UserError(
+                "predictor: without one there is no initial prediction: set the denoiser's guidance to none"
+            )
         if predictor_range is None:
             predictor_range = getattr(self.predictor, "value_range", (0.0, 1.0))
         self.predictor_range = (float(predictor_range[0]), float(predictor_range[1]))
 
+    @property
+    def conditions(self) -> Tuple[Condition, ...]:
+        """Auxiliary scalar conditions that the denoiser declares."""
+        return getattr(self.denoise_fn, "conditions", ())
+
+    @property
+    def guidance(self) -> str:
+        """What :meth:`guide` chooses; the initial prediction for a denoiser that does not say."""
+        return getattr(self.denoise_fn, "guidance", "initial")
+
+    def guide(self, lq: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """The image that guides the denoiser: the initial prediction, or the degraded image."""
+        return lq if self.guidance == "degraded" else initial
+
     def predict(self, lq: torch.Tensor) -> torch.Tensor:
-        """Initial prediction u(x): (B, 3, H, W) in [-1, 1] -> the same.
+        """Initial prediction u(x): (B, 3, H, W) in [-1, 1] -> the same; 0 without a predictor.
 
         Raises:
             UserError: if the predictor changes the image size.
         """
+        if self.predictor is None:
+            return torch.zeros_like(lq)
         low, high = self.predictor_range
         height, width = lq.shape[-2:]
         padded = pad_for(self.predictor, lq)
@@ -436,22 +590,36 @@ class UCDIR(nn.Module):
     def compile_networks(self) -> None:
         """torch.compile both networks in place, so that the keys of the weights stay."""
         self.denoise_fn.compile()
-        self.predictor.compile()
+        if self.predictor is not None:
+            self.predictor.compile()
 
-    def prepare(self, initial: torch.Tensor) -> Any:
+    def prepare(self, guide: torch.Tensor) -> Any:
         """The guide as :meth:`denoise` takes it, with all computed that does not change between sampling steps."""
         guide_features = getattr(self.denoise_fn, "guide_features", None)
-        return initial if guide_features is None else guide_features(initial)
+        return guide if guide_features is None else guide_features(guide)
 
-    def denoise(self, x_t: torch.Tensor, level: torch.Tensor, lq: torch.Tensor, guide: Any) -> torch.Tensor:
+    def denoise(
+        self,
+        x_t: torch.Tensor,
+        level: torch.Tensor,
+        lq: torch.Tensor,
+        guide: Any,
+        condition: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,).
 
-        ``guide`` is the initial prediction, (B, 3, H, W) in [-1, 1], or what :meth:`prepare` made of it.
+        ``guide`` is that of :meth:`guide`, (B, 3, H, W) in [-1, 1], or what :meth:`prepare` made of it; ``condition``
+        (B, number of conditions), None without any.
         """
-        return self.denoise_fn(torch.cat((lq, x_t), 1), level, guide)
+        return self.denoise_fn(torch.cat((lq, x_t), 1), level, guide, *(() if condition is None else (condition,)))
 
     def forward(
-        self, lq: torch.Tensor, hr: torch.Tensor, level: torch.Tensor, noise: torch.Tensor
+        self,
+        lq: torch.Tensor,
+        hr: torch.Tensor,
+        level: torch.Tensor,
+        noise: torch.Tensor,
+        condition: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The two predictions of a training step (eq. 1), in one call so that DistributedDataParallel sees both.
 
@@ -459,10 +627,11 @@ class UCDIR(nn.Module):
             lq, hr: degraded and true images, (B, 3, H, W) in [-1, 1].
             level: noise level sqrt(alpha_bar) of each image, (B,).
             noise: standard normal, (B, 3, H, W).
+            condition: as of :meth:`denoise`.
 
         Returns:
             predicted noise, initial prediction.
         """
         initial = self.predict(lq)
         x_t = diffuse(hr - initial, level, noise)
-        return self.denoise(x_t, level, lq, initial), initial
+        return self.denoise(x_t, level, lq, self.guide(lq, initial), condition), initial

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 from typing import Any
 
+import lmdb
 import numpy as np
 from basicsr.data.data_util import paired_paths_from_lmdb
 from basicsr.data.transforms import augment, paired_random_crop
@@ -46,12 +49,62 @@ def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
         )
 
 
-def to_sample(images: dict[str, np.ndarray], paths: dict[str, str], key: str) -> dict[str, Any]:
-    """BasicSR's sample: RGB tensors (3, H, W) in [0, 1] and paths, with the image's relative path as ``key``."""
+def to_sample(
+    images: dict[str, np.ndarray], paths: dict[str, str], key: str, condition: dict[str, Any]
+) -> dict[str, Any]:
+    """BasicSR's sample: RGB tensors (3, H, W) in [0, 1] and paths, with the image's relative path as ``key``.
+
+    And ``condition``, name -> value of what is known about the image beside it, if something is.
+    """
     tensors = {
         name: img2tensor(np.ascontiguousarray(image), bgr2rgb=True, float32=True) for name, image in images.items()
     }
-    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key}
+    told = {"condition": condition} if condition else {}
+    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **told}
+
+
+def _check_lmdb(root: str, keys: list[str]) -> None:
+    """
+    Raises:
+        UserError: if an LMDB lacks an image that its meta_info.txt names.
+    """
+    try:
+        with lmdb.open(root, readonly=True, lock=False, readahead=False) as base, base.begin(buffers=True) as reader:
+            missing = next((key for key in keys if reader.get(key.encode()) is None), None)
+    except lmdb.Error as err:
+        if "already open" in str(err):  # by another data set of this process, which has looked
+            return
+        raise UserError(f"LMDB {root} cannot be read: {err}; make it again") from err
+    if missing is not None:
+        raise UserError(f"LMDB {root} has no image {missing}, which its meta_info.txt names; make it again")
+
+
+def read_conditions(path: str) -> dict[str, dict[str, Any]]:
+    """A CSV with the columns ``name`` (an image's relative path without extension) and one for each condition.
+
+    Returns:
+        name -> condition -> value. A column of numbers gives numbers, NaN where a cell is empty; others give classes,
+        "" where one is.
+
+    Raises:
+        UserError: if it cannot be read, or has no column ``name``.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise UserError(f"condition_file {path} cannot be read: {getattr(err, 'strerror', None) or err}") from err
+    if not rows or "name" not in rows[0] or None in rows[0]:
+        raise UserError(f"condition_file {path}: a first line such as name,ratio is expected, and lines of its columns")
+    columns = {key: _column([row[key] or "" for row in rows]) for key in rows[0] if key != "name"}
+    return {row["name"]: {key: column[i] for key, column in columns.items()} for i, row in enumerate(rows)}
+
+
+def _column(cells: list[str]) -> list[Any]:
+    try:
+        return [float(cell) if cell else math.nan for cell in cells]
+    except ValueError:
+        return cells
 
 
 @register("dataset")
@@ -64,10 +117,12 @@ class PairedRestorationDataset(Dataset):
     Args:
         opt: ``dataroot_lq``, ``dataroot_gt`` (may be left out in a test); ``meta_info_file`` (names below dataroot_gt,
             one a line); ``filename_tmpl`` (of the degraded image's name, default '{}'); ``io_backend`` (disk or lmdb);
-            ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``.
+            ``gt_size`` (crop, in training), ``use_hflip``, ``use_rot``; ``condition`` (the same for all images) and
+            ``condition_file`` (see :func:`read_conditions`).
 
     Raises:
-        UserError: for missing folders, images without a partner, sizes that differ, images smaller than the crop.
+        UserError: for missing folders, images without a partner or a line in ``condition_file``, sizes that differ,
+            images smaller than the crop.
     """
 
     def __init__(self, opt: dict):
@@ -93,6 +148,8 @@ class PairedRestorationDataset(Dataset):
             except (OSError, ValueError) as err:
                 raise UserError(f"option datasets: {opt['name']}: {err}") from err
             self.pairs = [(p["lq_path"], p["lq_path"], p["gt_path"]) for p in pairs]
+            for root, column in ((lq, 1), (gt, 2)):
+                _check_lmdb(root, [pair[column] for pair in some_of(self.pairs)])
         else:
             self.pairs = self._pair_files(gt, lq)
             for _, lq_path, gt_path in some_of(self.pairs):
@@ -102,6 +159,15 @@ class PairedRestorationDataset(Dataset):
                     raise UserError(f"the pair {lq_path} ({lw}x{lh}) and {gt_path} ({gw}x{gh}) differs in size")
                 if self.crop:
                     check_crop(sizes[1], self.crop, gt_path)
+        table = read_conditions(opt["condition_file"]) if opt.get("condition_file") else {}
+        self.conditions = []
+        for key, _, _ in self.pairs:
+            name = os.path.splitext(key)[0]
+            if table and name not in table:
+                raise UserError(
+                    f"condition_file {opt['condition_file']} has no line {name}; {did_you_mean(name, table)}"
+                )
+            self.conditions.append({**opt.get("condition", {}), **table.get(name, {})})
 
     def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
@@ -143,7 +209,7 @@ class PairedRestorationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         key, lq_path, gt_path = self.pairs[index]
         if gt_path is None:
-            return to_sample({"lq": self._read(lq_path, "lq")}, {"lq": lq_path}, key)
+            return to_sample({"lq": self._read(lq_path, "lq")}, {"lq": lq_path}, key, self.conditions[index])
         lq, gt = self._read(lq_path, "lq"), self._read(gt_path, "gt")
         if lq.shape != gt.shape:
             raise UserError(f"the pair {lq_path} {lq.shape[1::-1]} and {gt_path} {gt.shape[1::-1]} differs in size")
@@ -151,7 +217,7 @@ class PairedRestorationDataset(Dataset):
             check_crop(gt.shape[:2], self.crop, gt_path)
             gt, lq = paired_random_crop(gt, lq, self.crop, 1, gt_path)
             gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
-        return to_sample({"lq": lq, "gt": gt}, {"lq": lq_path, "gt": gt_path}, key)
+        return to_sample({"lq": lq, "gt": gt}, {"lq": lq_path, "gt": gt_path}, key, self.conditions[index])
 
     def __len__(self) -> int:
         return len(self.pairs)

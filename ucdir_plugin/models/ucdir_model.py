@@ -16,7 +16,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ucdir_plugin import sampling
+from ucdir_plugin import conditions, sampling
 from ucdir_plugin.diffusion.noise import generator
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError
@@ -57,20 +57,30 @@ class UCDIRModel(SRModel):
         self.schedule = NoiseSchedule.linear(diffusion.timesteps, diffusion.start, diffusion.end)
         self.sampling = SamplingOptions(**(opt.get("val") or {}).get("sampling") or {})
         self.sampling_dtype = sampling.amp_dtype(self.device, self.sampling.amp, "option val:sampling:amp")
-        self.net_g = self.model_to_device(self._compiled(build_arch(opt["network_g"], "network_g")))
+        net = build_arch(opt["network_g"], "network_g")
+        of_predictor = (opt.get("train") or {}).get("predictor") or {}
+        self.predictor_lr, self.frozen = of_predictor.get("lr"), bool(of_predictor.get("frozen"))
+        if self.frozen:
+            net.predictor.requires_grad_(False)  # before DistributedDataParallel looks for what to exchange
+        self.net_g = self.model_to_device(self._compiled(net))
         sampling.check_tiles(self.get_bare_model(self.net_g), self.sampling)
+        bare = self.get_bare_model(self.net_g)
+        self.declared, self.has_predictor = bare.conditions, bare.predictor is not None
         self.print_network(self.net_g)
         pretrained = opt["path"].get("pretrain_network_g")
         if pretrained:
             self.load_network(
                 self.net_g, pretrained, opt["path"].get("strict_load_g", True), opt["path"].get("param_key_g", "params")
             )
+        elif self.is_train and opt["path"].get("pretrain_network_predictor"):
+            key = opt["path"].get("param_key_predictor", "params")
+            self.load_network(net.predictor, opt["path"]["pretrain_network_predictor"], True, key)
         if self.is_train:
             self.init_training_settings()
 
     def init_training_settings(self) -> None:
         train = self.opt["train"]
-        self.net_g.train()
+        self._train_mode(self.net_g)
         self.ema_decay, self.ema_start = train.get("ema_decay", 0), train.get("ema_start", 0)
         if self.ema_decay > 0:
             self.net_g_ema = self._compiled(deepcopy(self.get_bare_model(self.net_g))).eval().requires_grad_(False)
@@ -80,6 +90,8 @@ class UCDIRModel(SRModel):
         self.cri_diffusion = build_loss(train["diffusion_opt"]).to(self.device)
         # A loss of BasicSR may be used too; most do not know of noise levels.
         self.with_level = "noise_level" in inspect.signature(self.cri_diffusion.forward).parameters
+        if train.get("initial_opt") and not self.has_predictor:
+            raise UserError("option train:initial_opt: there is no predictor to train with it; remove it")
         self.cri_initial = build_loss(train["initial_opt"]).to(self.device) if train.get("initial_opt") else None
         amp = train.get("amp")
         if amp and isinstance(self.net_g, DataParallel):
@@ -102,6 +114,25 @@ class UCDIRModel(SRModel):
 
     # Training
 
+    def _train_mode(self, net: torch.nn.Module, training: bool = True) -> None:
+        net.train(training)
+        if self.frozen:
+            self.get_bare_model(net).predictor.eval()
+
+    def setup_optimizers(self) -> None:
+        """BasicSR's; the predictor in a group of its own where it has a learning rate of its own."""
+        if self.predictor_lr is None:
+            trained = [p for p in self.net_g.parameters() if p.requires_grad]
+        else:
+            net = self.get_bare_model(self.net_g)
+            trained = [
+                {"params": list(net.denoise_fn.parameters())},
+                {"params": list(net.predictor.parameters()), "lr": self.predictor_lr},
+            ]
+        optim = dict(self.opt["train"]["optim_g"])
+        self.optimizer_g = self.get_optimizer(optim.pop("type"), trained, **optim)
+        self.optimizers.append(self.optimizer_g)
+
     def get_optimizer(self, optim_type: str, params: list, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """BasicSR's; Adam and AdamW in their fused form unless the options say otherwise."""
         if optim_type in ("Adam", "AdamW") and not kwargs.get("foreach"):
@@ -109,11 +140,18 @@ class UCDIRModel(SRModel):
         return super().get_optimizer(optim_type, params, lr, **kwargs)
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take a batch: ``lq`` and perhaps ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` or, in test, ``key``."""
+        """Take a batch: ``lq`` and perhaps ``gt`` (B, 3, H, W) in [0, 1]; ``sample_number`` or, in test, ``key``.
+
+        And ``condition``, name -> values of the batch, where the network declares conditions.
+
+        Raises:
+            UserError: for a condition that is missing or out of its range.
+        """
         self.lq = data["lq"].to(self.device, non_blocking=True)
         self.__dict__.pop("gt", None)
         if "gt" in data:
             self.gt = data["gt"].to(self.device, non_blocking=True)
+        self.condition = conditions.encode(self.declared, data.get("condition", {}), len(self.lq))
         self.sample_numbers = data["sample_number"].tolist() if "sample_number" in data else None
         self.keys = list(data["key"]) if "key" in data else [str(p) for p in data.get("lq_path", [""] * len(self.lq))]
 
@@ -131,6 +169,10 @@ class UCDIRModel(SRModel):
             numbers = list(range(first, first + batch))
         levels, noises = training_noise(self.schedule, numbers, self.lq.shape[1:], self.opt["manual_seed"])
         levels, noises = levels.to(self.device), noises.to(self.device)
+        condition = None
+        if self.condition is not None:
+            condition = conditions.leave_out(self.declared, self.condition, self.opt["manual_seed"], numbers)
+            condition = condition.to(self.device)
         lq, hr = self.lq * 2 - 1, self.gt * 2 - 1
         parts = min(train.get("accumulate", 1), batch)
 
@@ -144,7 +186,8 @@ class UCDIRModel(SRModel):
             waits = i < parts - 1 and isinstance(self.net_g, DistributedDataParallel)
             with self.net_g.no_sync() if waits else nullcontext():
                 with self._autocast(self.amp_dtype):
-                    eps, initial = self.net_g(lq[part], hr[part], levels[part], noises[part])
+                    told = None if condition is None else condition[part]
+                    eps, initial = self.net_g(lq[part], hr[part], levels[part], noises[part], told)
                 eps, initial = eps.float(), initial.float()
                 extra = {"noise_level": levels[part]} if self.with_level else {}
                 terms = {"l_eps": self.cri_diffusion(eps, noises[part], **extra)}
@@ -261,14 +304,21 @@ class UCDIRModel(SRModel):
 
         noise = sampling.image_noise(self.opt["manual_seed"], self.keys, self.device)
         initial, output = sampling.restore(
-            net, self.lq * 2 - 1, self.schedule, self.sampling, noise, lambda: self._autocast(self.sampling_dtype)
+            net,
+            self.lq * 2 - 1,
+            self.schedule,
+            self.sampling,
+            noise,
+            lambda: self._autocast(self.sampling_dtype),
+            condition=None if self.condition is None else self.condition.to(self.device),
         )
         self.initial, self.output = (initial + 1) / 2, (output + 1) / 2
-        net.train(training)
+        self._train_mode(net, training)
 
     def get_current_visuals(self) -> OrderedDict:
         visuals = super().get_current_visuals()
-        visuals["initial"] = self.initial.detach().cpu()
+        if self.has_predictor:
+            visuals["initial"] = self.initial.detach().cpu()
         return visuals
 
     def validation(self, dataloader, current_iter, tb_logger, save_img: bool = False) -> None:

@@ -1,0 +1,85 @@
+"""Lay out photographs for JPEG restoration; the JPEGs themselves are made on the fly.
+
+python datasets/prepare_jpeg.py --source ILSVRC2012/train --out datasets/ImageNet/train
+    for training: links to the images of at least --least pixels a side, subfolders and all
+python datasets/prepare_jpeg.py --source ILSVRC2012/val --out datasets/ImageNet/val_1k --size 256 --list val_1k.txt
+    for the test: the images of a list (one name a line, what follows it is ignored: DGP's list fits), the shorter side
+    scaled to --size and the middle cut out, as DGP and DDRM do, as PNG
+
+A second run goes on where the first was stopped.
+"""
+
+import argparse
+import functools
+import os
+import sys
+
+from ucdir_plugin.data.preparation import Task, middle_square, prepare
+from ucdir_plugin.errors import UserError, at_least_one, did_you_mean, run_cli
+from ucdir_plugin.imageio import image_size, list_images
+
+
+def read_list(path: str) -> list:
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = [line.split()[0] for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"--list {path} cannot be read: {getattr(err, 'strerror', None) or 'it is no text'}") from err
+    if not names:
+        raise UserError(f"--list {path} names no image")
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="folder of images")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--list", metavar="FILE", help="only these, by name below --source (with or without extension)")
+    parser.add_argument("--size", type=int, help="cut out the middle at this size, as PNG; else images are linked")
+    parser.add_argument("--least", type=int, default=256, help="leave out smaller images (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    args = parser.parse_args()
+    at_least_one(size=args.size or 1, least=args.least)
+    if os.path.realpath(args.source) == os.path.realpath(args.out):
+        raise UserError(f"--out {args.out} is the folder of the images: name another one")
+    names = list_images(args.source, "--source", skip=args.out)
+    if args.list:
+        known = {os.path.splitext(os.path.basename(name))[0]: name for name in names}
+        wanted = [os.path.splitext(os.path.basename(name))[0] for name in read_list(args.list)]
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"--list {args.list}: {name} is not below {args.source}; {did_you_mean(name, known)}")
+        names = [known[name] for name in wanted]
+    if args.size:
+        stems = [os.path.join(args.out, os.path.splitext(name)[0].replace(os.sep, "_")) for name in names]
+        make = functools.partial(middle_square, size=args.size)
+        tasks = [Task(os.path.join(args.source, name), (f"{stem}.png",), make) for name, stem in zip(names, stems)]
+        return prepare(tasks, args.workers)
+    return link(args.source, args.out, names, args.least)
+
+
+def link(source: str, out: str, names: list, least: int) -> int:
+    linked = small = 0
+    failed = []
+    for name in names:
+        path, target = os.path.abspath(os.path.join(source, name)), os.path.join(out, name)
+        try:
+            if min(image_size(path)) < least:
+                small += 1
+                continue
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if not os.path.lexists(target):
+                os.symlink(path, target)
+            linked += 1
+        except UserError as err:
+            failed.append(str(err))
+        except OSError as err:
+            raise UserError(f"cannot write {target}: {err.strerror}") from err
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
+    print(f"{linked} images linked, {small} below {least} pixels a side left out, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,51 @@
+"""Half-size sRGB pairs of the Sony part of "Learning to See in the Dark" (SID), from its raw files; with [raw].
+
+python datasets/prepare_sid.py --source SID --out datasets/SID --ratio 300 --crop 512 --step 256
+
+--source holds Sony/short, Sony/long and the official lists Sony_train_list.txt and Sony_test_list.txt. Short exposures
+are multiplied by the exposure ratio of their pair. --crop cuts the training pairs up, which reads faster. Beside each
+part's lq and gt, ratios.csv names the ratio of each pair, for condition_file. A second run goes on where the first was
+stopped.
+"""
+
+import argparse
+import os
+import sys
+
+from ucdir_plugin.data.preparation import make_lmdb, prepare, sid_tasks
+from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.files import write_atomically
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help="folder with Sony/ and the lists in it")
+    parser.add_argument("--out", default=os.path.join("datasets", "SID"), help="default: %(default)s")
+    parser.add_argument("--ratio", type=float, help="only pairs of this exposure ratio: 100, 250 or 300 (default: all)")
+    parser.add_argument("--bits", type=int, choices=[8, 16], default=16, help="of the PNGs (default: %(default)s)")
+    parser.add_argument("--crop", type=int, help="cut training pairs into squares of so many pixels")
+    parser.add_argument("--step", type=int, help="from one square to the next (default: half of --crop)")
+    parser.add_argument("--lmdb", action="store_true", help="LMDBs of the training pairs, train/lq.lmdb and gt.lmdb")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    args = parser.parse_args()
+    if args.step and not args.crop:
+        raise UserError("--step goes with --crop")
+    if any(value is not None and value <= 0 for value in (args.crop, args.step, args.ratio)):
+        raise UserError("--crop, --step and --ratio must be above 0")
+    code = 0
+    for part in ("train", "test"):
+        list_file = os.path.join(args.source, f"Sony_{part}_list.txt")
+        crop = args.crop if part == "train" else None
+        folder = os.path.join(args.out, part)
+        pairs, table, tasks = sid_tasks(args.source, list_file, folder, args.ratio, args.bits, crop, args.step)
+        code = max(code, prepare(tasks, args.workers))
+        write_atomically(table.encode(), os.path.join(folder, "ratios.csv"))
+        print(f"{part}: {pairs} pairs", flush=True)
+    if args.lmdb and not code:
+        for kind in ("lq", "gt"):
+            make_lmdb(os.path.join(args.out, "train", kind))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,138 @@
+"""Preparing data sets: layouts, resuming, faults; nothing half-written is taken for finished."""
+
+import shutil
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from basicsr.data import build_dataset
+from conftest import assert_one_line_error
+
+from ucdir_plugin.data import preparation
+from ucdir_plugin.errors import UserError, WriteError
+
+
+def test_crops_cover_the_axis():
+    assert preparation.crop_positions(720, 512, 256) == [0, 208]
+    assert preparation.crop_positions(1280, 512, 256) == [0, 256, 512, 768]
+    assert preparation.crop_positions(512, 512, 256) == [0] and preparation.crop_positions(511, 512, 256) == []
+
+
+def ramp(path):
+    if path == "bad":
+        raise UserError("bad cannot be read")
+    return [np.full((4, 5, 3), len(path), np.uint8)] * 2
+
+
+def test_a_second_run_goes_on(tmp_path, monkeypatch, capsys):
+    tasks = [
+        preparation.Task(s, tuple(str(tmp_path / f"{s}{i}.png") for i in (0, 1)), ramp) for s in ("a", "bb", "bad")
+    ]
+    written = []
+    write = preparation.write_atomically
+
+    def full_disk(content, path):
+        if len(written) == 3:
+            raise WriteError(f"cannot write {path}: No space left on device")
+        written.append(path)
+        write(content, path)
+
+    monkeypatch.setattr(preparation, "write_atomically", full_disk)
+    with pytest.raises(WriteError, match="bb1.png: No space left"):
+        preparation.prepare(tasks, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a0.png", "a1.png", "bb0.png"]
+    monkeypatch.setattr(preparation, "write_atomically", write)
+    (tmp_path / "a0.png").write_bytes(b"mine")  # finished: not touched again
+    capsys.readouterr()
+    assert preparation.prepare(tasks, 1) == 1
+    out = capsys.readouterr()
+    assert "2 images written, 2 were there, 1 sources failed" in out.out and "failed: bad cannot be read" in out.err
+    assert (tmp_path / "a0.png").read_bytes() == b"mine" and cv2.imread(str(tmp_path / "bb1.png"))[0, 0, 0] == 2
+
+
+def test_jpeg_list_and_links(workplace):
+    (workplace.folder / "list.txt").write_text("coffee.JPEG 12\nastronaut\n")
+    done = workplace.run("../datasets/prepare_jpeg.py", "--source", "photos", "--out", "val", "--size", "32", "--list", "list.txt", "--workers", "2")  # fmt: skip
+    assert done.returncode == 0 and "2 images written" in done.stdout, done.stderr
+    found = cv2.imread(str(workplace.folder / "val" / "astronaut.png"))
+    photo = cv2.imread(str(workplace.folder / "photos" / "astronaut.png"))  # 48x36: the middle 36 rows
+    np.testing.assert_array_equal(found, cv2.resize(photo[6:42], (32, 32), interpolation=cv2.INTER_AREA))
+    assert sorted(p.name for p in (workplace.folder / "val").iterdir()) == ["astronaut.png", "coffee.png"]
+    cv2.imwrite(str(workplace.folder / "photos" / "small.png"), photo[:20])
+    (workplace.folder / "photos" / "cut.png").write_bytes(b"\x89PNG")
+    done = workplace.run("../datasets/prepare_jpeg.py", "--source", "photos", "--out", "train", "--least", "36")
+    assert done.returncode == 1 and "3 images linked, 1 below 36 pixels a side left out, 1 failed" in done.stdout
+    assert "cut.png cannot be decoded" in done.stderr
+    opt = {"name": "j", "type": "JPEGDataset", "phase": "train", "dataroot_gt": str(workplace.folder / "train"),
+           "quality": 10, "gt_size": 36, "use_hflip": False, "use_rot": False}  # fmt: skip
+    assert len(build_dataset(opt)) == 3
+    (workplace.folder / "list.txt").write_text("cofee\n")
+    done = workplace.run("../datasets/prepare_jpeg.py", "--source", "photos", "--out", "val", "--size", "32", "--list", "list.txt")  # fmt: skip
+    assert_one_line_error(done, "cofee is not below photos; did you mean 'coffee'")
+
+
+@pytest.fixture
+def gopro(workplace):
+    """Two scenes for training, one for the test, 40x56."""
+    stream = np.random.default_rng(0)
+    for part, scene in (("train", "GOPR1_00"), ("train", "GOPR2_00"), ("test", "GOPR3_00")):
+        for kind in ("blur", "blur_gamma", "sharp"):
+            folder = workplace.folder / "GOPRO_Large" / part / scene / kind
+            folder.mkdir(parents=True)
+            for i in (1, 2):
+                cv2.imwrite(str(folder / f"{i:06}.png"), stream.integers(0, 256, (40, 56, 3)).astype(np.uint8))
+    return workplace
+
+
+def test_gopro(gopro):
+    run = ("../datasets/prepare_gopro.py", "--source", "GOPRO_Large", "--workers", "1")
+    done = gopro.run(*run, "--out", "whole")
+    assert done.returncode == 0, done.stderr
+    assert "train: 4 pairs (the official set has 2103)" in done.stdout and "test: 2 pairs" in done.stdout
+    for part, scene in (("train", "GOPR2_00"), ("test", "GOPR3_00")):
+        for kind, source in (("lq", "blur"), ("gt", "sharp")):
+            found = cv2.imread(str(gopro.folder / "whole" / part / kind / f"{scene}_000002.png"))
+            true = cv2.imread(str(gopro.folder / "GOPRO_Large" / part / scene / source / "000002.png"))
+            np.testing.assert_array_equal(found, true)
+    done = gopro.run(*run, "--out", "cut", "--crop", "32", "--step", "16", "--lmdb")
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (gopro.folder / "cut" / "train" / "lq").iterdir())
+    assert len(names) == 4 * 2 * 3 and names[1] == "GOPR1_00_000001_y0000x0016.png"
+    true = cv2.imread(str(gopro.folder / "GOPRO_Large/train/GOPR1_00/blur/000001.png"))
+    found = cv2.imread(str(gopro.folder / "cut/train/lq" / names[5]))
+    np.testing.assert_array_equal(found, true[8:40, 24:56])
+    assert len(list((gopro.folder / "cut" / "test" / "gt").iterdir())) == 2
+    with lmdb.open(str(gopro.folder / "cut/train/gt.lmdb"), readonly=True) as base:
+        assert base.stat()["entries"] == 24
+    opt = {"name": "g", "type": "PairedRestorationDataset", "phase": "train", "scale": 1, "gt_size": 32,
+           "use_hflip": False, "use_rot": False, "filename_tmpl": "{}"}  # fmt: skip
+    roots = [{"io_backend": {"type": kind}, **{f"dataroot_{k}": str(gopro.folder / f"cut/train/{k}{end}") for k in ("lq", "gt")}}
+             for kind, end in (("disk", ""), ("lmdb", ".lmdb"))]  # fmt: skip
+    disk, base = (build_dataset({**opt, **root}) for root in roots)
+    assert len(disk) == len(base) == 24
+    for sample, other in zip(disk, base):
+        assert np.array_equal(sample["lq"], other["lq"]) and np.array_equal(sample["gt"], other["gt"])
+    again = gopro.run(*run, "--out", "cut", "--crop", "32", "--step", "16", "--lmdb")
+    assert_one_line_error(again, "lq.lmdb is there already")
+    bad = {"io_backend": {"type": "lmdb"}}
+    for kind in ("lq", "gt"):  # both name an image that neither has
+        bad[f"dataroot_{kind}"] = shutil.copytree(
+            gopro.folder / f"cut/train/{kind}.lmdb", gopro.folder / f"{kind}.lmdb"
+        )
+        with open(bad[f"dataroot_{kind}"] / "meta_info.txt", "a") as meta:
+            meta.write("GOPR9_00_000001.png (32,32,3) 1\n")
+    bad = {**opt, **{key: value if isinstance(value, dict) else str(value) for key, value in bad.items()}}
+    with pytest.raises(UserError, match=r"lq.lmdb has no image GOPR9_00_000001, which its meta_info.txt names"):
+        build_dataset(bad)
+    (gopro.folder / "lq.lmdb" / "data.mdb").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"lq.lmdb cannot be read: .*; make it again"):
+        build_dataset(bad)
+
+
+def test_gopro_faults(gopro):
+    run = ("../datasets/prepare_gopro.py", "--source", "GOPRO_Large", "--out", "out", "--workers", "1")
+    assert_one_line_error(gopro.run(*run, "--crop", "64"), "--crop 64 is larger than the images, 56x40")
+    assert_one_line_error(gopro.run(*run, "--step", "64"), "--step goes with --crop")
+    (gopro.folder / "GOPRO_Large/train/GOPR1_00/sharp/000002.png").unlink()
+    assert_one_line_error(gopro.run(*run), "GOPR1_00/blur/000002.png has no partner of the same name in blur and sharp")

@@ -1,0 +1,44 @@
+"""Extreme low light from photographs, for those without raw files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucdir_plugin.data.clean_dataset import CleanImages
+from ucdir_plugin.data.degradations import draw, low_light, value_range
+from ucdir_plugin.data.paired_dataset import to_sample
+from ucdir_plugin.registry import register
+
+LIMITS = {"ratio": (1.0, 10000.0), "electrons": (1.0, 1e6), "read": (0.0, 1000.0), "row": (0.0, 1000.0)}
+DEFAULTS = {"ratio": (100.0, 300.0), "electrons": (1000.0, 15000.0), "read": (1.0, 4.0), "row": (0.0, 1.0)}
+BITS = 14
+
+
+@register("dataset")
+class LowLightDataset(CleanImages):
+    """A folder of photographs and what a far too short exposure, amplified, would have made of them.
+
+    See :func:`ucdir_plugin.data.degradations.low_light`. Each sample's ``condition`` is its ``ratio``. In a test the
+    values and the noise of an image are a function of ``seed`` and its relative path.
+
+    Args:
+        opt: those of :class:`~ucdir_plugin.data.clean_dataset.CleanImages`; ``ratio``, ``electrons``, ``read`` and
+            ``row``, each a number or [low, high] to draw from (default: :data:`DEFAULTS`); ``bits`` (14); ``seed`` (0).
+
+    Raises:
+        UserError: as CleanImages; for values out of :data:`LIMITS`.
+    """
+
+    def __init__(self, opt: dict):
+        where = f"datasets: {opt['name']}"
+        self.ranges = {key: value_range(opt.get(key, DEFAULTS[key]), LIMITS[key], f"{where}: {key}") for key in LIMITS}
+        self.bits = value_range(opt.get("bits", BITS), (1, 24), f"{where}: bits")[0]
+        super().__init__(opt)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        gt, path = self.read(index)
+        rng = self.generator(index)
+        values = {key: draw((float(low), float(high)), rng) for key, (low, high) in self.ranges.items()}
+        lq = low_light(gt, **values, bits=self.bits, rng=rng)
+        condition = {**self.condition, "ratio": values["ratio"]}
+        return to_sample({"lq": lq, "gt": gt}, {"lq": path, "gt": path}, self.names[index], condition)

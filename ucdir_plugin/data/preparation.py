@@ -1,0 +1,236 @@
+"""Preparing a data set: many files in, many out, on all cores; stopped anywhere, a second run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Callable, NamedTuple, Sequence
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from ucdir_plugin.data.raw import develop, read_pairs
+from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.files import write_atomically
+from ucdir_plugin.imageio import image_size, list_images, read_photo
+
+MAX_PIXELS = 250_000_000
+"""The most that a source may have."""
+
+
+class Task(NamedTuple):
+    """One file to read, and the files that come of it. Each is written whole or not at all: if there, it is done.
+
+    Attributes:
+        make: a function of a module (it is sent to other processes): ``source`` -> the images of ``targets``.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    make: Callable[[str], Sequence[np.ndarray]]
+
+
+def crop_positions(length: int, size: int, step: int) -> list[int]:
+    """Where crops of ``size`` start along an axis, ``step`` apart, the last one at the end; none if it is too short."""
+    if length < size:
+        return []
+    starts = list(range(0, length - size + 1, step))
+    return starts if starts[-1] == length - size else [*starts, length - size]
+
+
+def write_png(image: np.ndarray, path: str) -> None:
+    """(H, W, 3) BGR, uint8 or uint16, at a fast level of compression.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    write_atomically(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes(), path)
+
+
+def middle_square(path: str, size: int) -> list:
+    """The image's middle square, scaled by area to ``size``: [(size, size, 3) BGR uint8]."""
+    image = read_photo(path, MAX_PIXELS).pixels[..., ::-1]
+    if image.dtype != "uint8":
+        raise UserError(f"image {path} is of type {image.dtype}: 8 bits are expected")
+    side = min(image.shape[:2])
+    top, left = ((n - side) // 2 for n in image.shape[:2])
+    cut = image[top : top + side, left : left + side].copy()
+    return [cv2.resize(cut, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)]
+
+
+def _run(task: Task) -> None:
+    cv2.setNumThreads(1)
+    for image, target in zip(task.make(task.source), task.targets):
+        write_png(image, target)
+
+
+def prepare(tasks: Sequence[Task], workers: int = 0) -> int:
+    """Make the targets of all tasks that lack some, and say what was done.
+
+    Args:
+        tasks: what there is to do.
+        workers: processes; 0: one for each core.
+
+    Returns:
+        exit code: 0, or 1 if some sources could not be used; each is named.
+
+    Raises:
+        WriteError: at the first file that cannot be written, as on a full disk; what is finished stays.
+    """
+    todo = [task for task in tasks if not all(os.path.isfile(target) for target in task.targets)]
+    failed: dict[str, str] = {}
+    workers = min(workers or os.cpu_count() or 1, len(todo))
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            # Not fork, which torch's threads do not survive; forkserver imports torch once for all.
+            ways = multiprocessing.get_all_start_methods()
+            context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+            context.set_forkserver_preload([__name__])
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            futures = {pool.submit(_run, task): task for task in todo}
+            results = ((futures[future], future.result) for future in as_completed(futures))
+        else:
+            results = ((task, functools.partial(_run, task)) for task in todo)
+        for task, result in tqdm(results, total=len(todo), unit="file", disable=None, leave=False):
+            try:
+                result()
+            except WriteError:
+                raise
+            except UserError as err:
+                failed[task.source] = str(err)
+    for source in sorted(failed):
+        print(f"failed: {failed[source]}", file=sys.stderr)
+    done = sum(len(task.targets) for task in todo if task.source not in failed)
+    kept = sum(len(task.targets) for task in tasks) - sum(len(task.targets) for task in todo)
+    print(f"{done} images written, {kept} were there, {len(failed)} sources failed")
+    return 1 if failed else 0
+
+
+def cut(path: str, positions: Sequence[tuple[int, int]] = (), crop: int = 0) -> list[np.ndarray]:
+    """The image in its own depth, (H, W, 3) BGR, or squares of ``crop`` pixels at these (top, left).
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    image = read_photo(path, MAX_PIXELS).pixels[..., ::-1]
+    return [image[y : y + crop, x : x + crop].copy() for y, x in positions] or [image.copy()]
+
+
+def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | None) -> tuple[int, list[Task]]:
+    """What there is to do for a part (train, test) of GOPRO_Large.
+
+    Returns:
+        number of pairs; the tasks.
+
+    Raises:
+        UserError: for a missing folder, an image without its partner, images smaller than the crop.
+    """
+    root = os.path.join(source, part)
+    names = [name for name in list_images(root, "--source") if os.path.basename(os.path.dirname(name)) in _GOPRO]
+    pairs: dict[str, dict[str, str]] = {}
+    for name in names:
+        scene, kind = os.path.split(os.path.dirname(name))
+        key = f"{scene.replace('/', '_')}_{os.path.splitext(os.path.basename(name))[0]}"
+        pairs.setdefault(key, {})[_GOPRO[kind]] = os.path.join(root, name)
+    if not pairs:
+        raise UserError(f"--source {source}: no images in {root}/SCENE/blur and sharp; name the folder GOPRO_Large")
+    tasks = []
+    positions: list[tuple[int, int]] = []
+    if crop:
+        height, width = image_size(next(iter(next(iter(pairs.values())).values())))
+        starts = [crop_positions(n, crop, step or max(crop // 2, 1)) for n in (height, width)]
+        positions = [(y, x) for y in starts[0] for x in starts[1]]
+        if not positions:
+            raise UserError(f"--crop {crop} is larger than the images, {width}x{height}")
+    make = functools.partial(cut, positions=tuple(positions), crop=crop or 0)
+    for key, files in pairs.items():
+        for kind, other in (("lq", "gt"), ("gt", "lq")):
+            if kind not in files:
+                raise UserError(
+                    f"{files[other]} has no partner of the same name in blur and sharp; unpack the zip again"
+                )
+            if crop and image_size(files[kind]) != (height, width):
+                raise UserError(f"{files[kind]} is of another size than {width}x{height}: leave out --crop")
+            suffixes = [f"_y{y:04d}x{x:04d}" for y, x in positions] or [""]
+            folder = os.path.join(out, part, kind)
+            targets = tuple(os.path.join(folder, f"{key}{suffix}.png") for suffix in suffixes)
+            tasks.append(Task(files[kind], targets, make))
+    return len(pairs), tasks
+
+
+_GOPRO = {"blur": "lq", "sharp": "gt"}
+
+
+def make_lmdb(folder: str) -> None:
+    """BasicSR's LMDB ``FOLDER.lmdb`` of the images in a folder; under another name until it is complete.
+
+    Raises:
+        UserError: if it is there already.
+    """
+    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+
+    target, unfinished = f"{folder}.lmdb", f"{folder}.unfinished.lmdb"
+    if os.path.exists(target):
+        raise UserError(f"{target} is there already: remove it to make it again")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    names = list_images(folder, "the folder of an LMDB")
+    make_lmdb_from_imgs(folder, unfinished, names, [os.path.splitext(name)[0] for name in names])
+    os.replace(unfinished, target)
+
+
+def developed(
+    path: str, ratio: float, bits: int, copies: int = 1, positions: Sequence[tuple[int, int]] = (), crop: int = 0
+) -> list[np.ndarray]:
+    """A raw file's half-size sRGB or squares of it, all of them ``copies`` times (for as many short exposures).
+
+    Raises:
+        UserError: if it cannot be developed, or is smaller than a square's end.
+    """
+    image = develop(path, ratio, bits)
+    if positions and max(y for y, _ in positions) + crop != image.shape[0]:
+        raise UserError(f"raw file {path} is of another size than the first: leave out --crop")
+    return [image[y : y + crop, x : x + crop] for y, x in positions] * copies or [image] * copies
+
+
+def sid_tasks(
+    source: str, list_file: str, folder: str, ratio: float | None, bits: int, crop: int | None, step: int | None
+) -> tuple[int, str, list[Task]]:
+    """What there is to do for a part of SID. A long exposure is developed once for all of its short ones.
+
+    Returns:
+        number of pairs; a CSV of their ratios; the tasks.
+
+    Raises:
+        UserError: as :func:`ucdir_plugin.data.raw.read_pairs`; for a crop larger than the images.
+    """
+    pairs = read_pairs(list_file, source, None if ratio is None else (ratio, ratio))
+    positions: tuple[tuple[int, int], ...] = ()
+    if crop:
+        height, width = develop(pairs[0].long, bits=8).shape[:2]
+        starts = [crop_positions(n, crop, step or max(crop // 2, 1)) for n in (height, width)]
+        positions = tuple((y, x) for y in starts[0] for x in starts[1])
+        if not positions:
+            raise UserError(f"--crop {crop} is larger than the images, {width}x{height}")
+    suffixes = [f"_y{y:04d}x{x:04d}" for y, x in positions] or [""]
+
+    def task(kind: str, path: str, keys: Sequence[str], amplify: float) -> Task:
+        targets = (os.path.join(folder, kind, f"{key}{suffix}.png") for key in keys for suffix in suffixes)
+        make = functools.partial(
+            developed, ratio=amplify, bits=bits, copies=len(keys), positions=positions, crop=crop or 0
+        )
+        return Task(path, tuple(targets), make)
+
+    longs: dict[str, list[str]] = {}
+    for pair in pairs:
+        longs.setdefault(pair.long, []).append(pair.key)
+    tasks = [task("lq", pair.short, [pair.key], pair.ratio) for pair in pairs]
+    tasks += [task("gt", path, keys, 1.0) for path, keys in longs.items()]
+    lines = ["name,ratio", *(f"{pair.key}{suffix},{pair.ratio:g}" for pair in pairs for suffix in suffixes)]
+    return len(pairs), "\n".join(lines) + "\n", tasks
