@@ -529,11 +529,11 @@ def _without(paths: set, node: Any, here: tuple = ()) -> Any:
     return {k: _without(paths, v, (*here, k)) for k, v in node.items() if (*here, k) not in paths}
 
 
-def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
-    """Read, override and check an option file.
+def read_yaml_file(path: str) -> dict:
+    """A mapping from a file of plain YAML.
 
     Raises:
-        UserError: if it is missing, no plain YAML, or has a fault.
+        UserError: if it is missing, no plain YAML, or no mapping.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -545,5 +545,15 @@ def load_options(path: str, overrides: Optional[List[str]] = None, is_train: boo
     raw = read_yaml(text, path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a mapping of options is expected")
+    return raw
+
+
+def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
+    """Read, override and check an option file.
+
+    Raises:
+        UserError: if it is missing, no plain YAML, or has a fault.
+    """
+    raw = read_yaml_file(path)
     apply_overrides(raw, overrides)
     return check_options(raw, is_train, os.path.basename(path))
