@@ -175,7 +175,7 @@ def test_a_rate_beyond_the_bound_is_warned_of_and_indeed_diverges():
     with pytest.warns(UserWarning, match=f"{bound:.3g}"):
         steps.Gradient(rate=1.5 * bound).check(x, d)
     inside, beyond = d, d
-    for _ in range(200):
+    for _ in range(40):
         inside = steps.Gradient(rate=0.95 * bound, simplex=False)(x, [y], inside, 0, 0)
         beyond = steps.Gradient(rate=2 * bound, simplex=False)(x, [y], beyond, 0, 0)
     assert float(inside.loss(x, y)) < float(d.loss(x, y)) < 1 < float(beyond.loss(x, y))
@@ -200,7 +200,7 @@ def test_kernel_and_mask_converge_together():
     ramp = torch.linspace(0, 0.1, 16, dtype=torch.float64).expand(1, 1, 16, 16)
     y = Degradation(truth, ramp)(x)
     found = Degradation(start_kernel(1, 3, total=0.5).double(), torch.zeros(1, 1, 16, 16, dtype=torch.float64))
-    found = steps.Gradient(mask_rate=0.3, simplex=False, iterations=4000)(x, [y], found, 0, 0)
+    found = steps.Gradient(mask_rate=0.3, simplex=False, iterations=2500)(x, [y], found, 0, 0)
     torch.testing.assert_close(found.kernel, truth, rtol=0, atol=1e-3)
     torch.testing.assert_close(found.mask, ramp, rtol=0, atol=1e-3)
 

@@ -228,7 +228,7 @@ class ADMUNet(nn.Module):
             at_least_one(attention_resolutions=size)
         strides = {image_size // size for size in attention_resolutions}
         self.levels, self.use_checkpoint, self.learn_sigma = len(widths), use_checkpoint, learn_sigma
-        self.image_size, self.num_channels, self.in_channels, self.out_channels = image_size, num_channels, in_channels
+        self.image_size, self.num_channels, self.in_channels = image_size, num_channels, in_channels
         self.out_channels = out_channels
         emb_dim = 4 * num_channels
 

@@ -62,6 +62,7 @@ class Settings:
         clip_x0: clamp the prior's x_0 to [-1, 1].
         noise_target: compare with y noised as x_t (3 of the 4 released scripts) instead of y itself (paper).
         passes: with ``noise_target``, how often in a step, each with its own noise, the mean of which counts.
+        kernel_size, kernel_start: see :func:`start_kernel`; the size is the task's if None.
         padding: of the convolution; ``valid`` makes x larger than y by k // 2 on each side, and crops it at the end.
     """
 
@@ -80,6 +81,8 @@ class Settings:
     clip_x0: bool = True
     noise_target: bool = False
     passes: int = 1
+    kernel_size: Optional[int] = None
+    kernel_start: Literal["delta", "gaussian", "edges", "random"] = "delta"
     padding: Padding = "valid"
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ PRESETS: Dict[str, Settings] = {
         data=guidance.Gradient(AdaptiveScale()),
         kernel=kernel.Gradient(mask_rate=0.05),
         steps=250,
+        kernel_start="edges",
         padding="reflect",
         **_REVERSE,
     ),
@@ -120,6 +124,7 @@ PRESETS: Dict[str, Settings] = {
         steps=1000,
         variance="posterior",
         clip_x0=False,
+        kernel_start="random",
         padding="zeros",
         **_REVERSE,
     ),
@@ -130,6 +135,7 @@ PRESETS: Dict[str, Settings] = {
         steps=1000,
         noise_target=True,
         passes=4,
+        kernel_start="edges",
         padding="zeros",
         **_REVERSE,
     ),
@@ -138,6 +144,12 @@ PRESETS: Dict[str, Settings] = {
         data=guidance.Gradient(FixedScale(6000.0)), kernel=kernel.Fixed(), steps=1000, padding="zeros", **_REVERSE
     ),
 }
+
+LEAST_SQUARES_SIZE = 15
+"""Of a kernel that least squares estimate: a size that is too small for a motion loses most of the gain."""
+
+GRAY_WORLD = 0.5
+"""Mean brightness that a dark image is supposed to have had, for the gain to start from."""
 
 GDP_SCALES = {"sr4": 2000.0, "inpaint": 4000.0, "lowlight": 80000.0}
 """Guidance scales of GDP where they are not 6000."""
@@ -159,7 +171,8 @@ def preset(name: str, task: Optional[str] = None) -> Settings:
         if task == "lowlight":
             still = replace(settings.kernel, rate=1.0, mask_rate=1.0, mask_per_pixel=False)
             data = guidance.Gradient(FixedScale(62000.0))
-            return replace(settings, data=data, kernel=still, noise_target=False, passes=1)
+            settings = replace(settings, data=data, kernel=still, noise_target=False, passes=1)
+            return replace(settings, kernel_size=3, kernel_start="random")
         if task == "multi":
             return replace(settings, data=guidance.Gradient(FixedScale(4500.0)))
     if name == "gdp":
@@ -171,8 +184,12 @@ def preset(name: str, task: Optional[str] = None) -> Settings:
             )
     if name in ("default", "guided") and not found.blind:
         settings = settings.known()
+    if name == "guided" and (found.holes or not found.simplex):
+        settings = replace(settings, kernel_start="delta")
     if name in ("default", "guided") and not found.simplex:
         settings = replace(settings, kernel=kernel.Gradient(mask_rate=0.05, simplex=False))
+    if isinstance(settings.kernel, kernel.LeastSquares):
+        settings = replace(settings, kernel_size=LEAST_SQUARES_SIZE)
     return settings
 
 
@@ -203,7 +220,8 @@ class Task:
 
     Attributes:
         blind: K is to be learned by the presets default and guided; the others always learn it.
-        kernel_size, kernel_start, sigma: see :func:`start_kernel`; ``sigma`` of ``gaussian`` and ``edges``.
+        kernel_size: of K, where the settings leave it open.
+        sigma: of a start that is ``gaussian`` or ``edges``, in pixels.
         simplex: K is a blur; not for low light, where its sum is the gain.
         mask: M is learned.
         factor: of super-resolution.
@@ -213,7 +231,6 @@ class Task:
 
     blind: bool = True
     kernel_size: int = 9
-    kernel_start: str = "delta"
     sigma: float = 2.0
     simplex: bool = True
     mask: bool = False
@@ -245,11 +262,19 @@ class Task:
         channels: int = 3,
         key: Tuple = (0,),
     ) -> Degradation:
-        """The degradation to start from, for y (B, c, h, w)."""
-        total = None if self.kernel_start == "random" and not self.simplex else 1.0
+        """The degradation to start from, for y (B, c, h, w) in [-1, 1].
+
+        The sum of K is 1, except where it is the gain (not ``simplex``): there it is as drawn for a ``random`` start,
+        and makes the scene's mean 0.5 for the others, as K = 1 and x = y would agree already.
+        """
+        size = settings.kernel_size or self.kernel_size
+        total = None if settings.kernel_start == "random" and not self.simplex else 1.0
         start = start_kernel(
-            len(y), self.kernel_size, self.kernel_start, channels=channels, sigma=self.sigma, total=total, key=key
+            len(y), size, settings.kernel_start, channels=channels, sigma=self.sigma, total=total, key=key
         ).to(y.device)
+        if not self.simplex and total is not None:
+            gain = (y.flatten(1).mean(1) + 1) / 2 / GRAY_WORLD
+            start = start * gain.clamp(0.02, 1).view(-1, 1, 1, 1, 1)
         operator = self.operator(known)
         size = (y.shape[-2] * operator.shrinks, y.shape[-1] * operator.shrinks)
         mask = y.new_zeros(len(y), 1, *size) if self.mask else None
@@ -406,7 +431,7 @@ class Solver:
         if len(shapes) > 1:
             sizes = " and ".join(f"{s[-1]}x{s[-2]}" for s in sorted(shapes))
             raise UserError(f"observations of one scene must have one size, these give scenes of {sizes}")
-        self.guess = torch.stack([o.guess for o in self.observations]).mean(0)
+        self.guess = torch.stack([self._brightened(o) for o in self.observations]).mean(0)
         if start is not None:
             self.guess = self._enlarge(start)
             if self.guess.shape != self.observations[0].guess.shape:
@@ -436,6 +461,13 @@ class Solver:
         if guess.shape[1] != self.prior.channels:
             raise UserError(f"the prior is for {self.prior.channels} channels, y has {y.shape[1]}")
         return Observation(y, degradation, self._enlarge(guess))
+
+    def _brightened(self, observation: Observation) -> torch.Tensor:
+        """The guess without the gain of the kernel, where that is not 1."""
+        gain = observation.degradation.kernel.sum((2, 3, 4)).mean(1).view(-1, 1, 1, 1)
+        if self.settings.start == "noise" or bool((gain - 1).abs().max() < 1e-3):
+            return observation.guess
+        return ((observation.guess + 1) / gain.clamp(min=1e-3) - 1).clamp(-1, 1)
 
     def _enlarge(self, image: torch.Tensor) -> torch.Tensor:
         border = self.border

@@ -256,6 +256,8 @@ class Degradation:
         mask: (B, 1, H, W), on the scale of [0, 1]; None for none.
         operator: A.
         padding: of the convolution.
+        mask_used: False carries a mask without adding it, as the release does in all tasks but low light (it is still
+            in the denominator of its adaptive scale).
 
     Raises:
         UserError: for an even kernel, or a mask or operator of another size when called.
@@ -265,6 +267,7 @@ class Degradation:
     mask: Optional[torch.Tensor] = None
     operator: Operator = Operator()  # noqa: RUF009  (it has no state)
     padding: Padding = "reflect"
+    mask_used: bool = True
 
     def __post_init__(self) -> None:
         if self.kernel.dim() != 5 or self.kernel.shape[-1] != self.kernel.shape[-2]:
@@ -288,7 +291,7 @@ class Degradation:
     def blur(self, x: torch.Tensor) -> torch.Tensor:
         """K * x + M: (B, C, H, W) -> the same, smaller with ``valid``."""
         y = convolve(x, self.kernel, self.padding)
-        if self.mask is None:
+        if self.mask is None or not self.mask_used:
             return y
         if self.mask.shape[-2:] != y.shape[-2:]:
             raise UserError(f"the mask is {tuple(self.mask.shape[-2:])}, K * x {tuple(y.shape[-2:])}: they must agree")

@@ -7,7 +7,7 @@ and steps are those of each image.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import List, Literal, Optional, Sequence, Union
 
 import torch
@@ -174,7 +174,7 @@ class AdaptiveScale:
         observation.numerator = inner + c + log_n
         terms = {"inner": inner, "C": c, "logN": log_n}
         if self.denominator == "noisy":
-            degradation, y = observation.degradation, observation.y
+            degradation, y = replace(observation.degradation, mask_used=True), observation.y
             error = degradation.residual(x_prev, y).square().flatten(1).sum(1) / degradation.count(y)
             terms["denominator"] = 18 * error
             observation.scale = self._signed(observation.numerator) / terms["denominator"]

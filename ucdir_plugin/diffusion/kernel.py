@@ -85,7 +85,7 @@ class Gradient:
     @torch.no_grad()
     def _descend(self, x: torch.Tensor, targets: Sequence[torch.Tensor], degradation: Degradation) -> Degradation:
         kernel, mask = degradation.kernel, degradation.mask
-        moves = mask is not None and self.mask_rate > 0
+        moves = mask is not None and degradation.mask_used and self.mask_rate > 0
         _, grads = degradation.gradients(x, targets, ("kernel", "mask") if moves else ("kernel",))
         rate = self.bound(x, degradation) / 2 if self.rate is None else x.new_full((len(x),), self.rate)
         kernel = kernel - rate.view(-1, 1, 1, 1, 1) * grads["kernel"].mean(0)
