@@ -85,11 +85,10 @@ def test_least_squares_joint_with_a_closed_form_prior(case):
 
 @pytest.mark.parametrize("step", [steps.Gradient(), steps.Gradient(iterations=10)], ids=["1", "10"])
 def test_the_gradient_step_is_the_weaker_one(step):
-    """Why least squares are the default: from the same starts, the papers' step hardly moves in as many steps."""
-    for case in ("narrow", "motion"):
-        least, _ = blind(*CASES[case], steps.LeastSquares(), [0])
-        found, _ = blind(*CASES[case], step, [0])
-        assert found[0] > 2 * least[0]
+    """Why least squares are the default: from the same start, the papers' step hardly moves in as many steps."""
+    (least,), _ = blind(*CASES["motion"], steps.LeastSquares(), [0], size=40)
+    (found,), _ = blind(*CASES["motion"], step, [0], size=40)
+    assert found > 2 * least
 
 
 def test_the_covariance_is_decisive():
@@ -112,6 +111,7 @@ def small(task="blind", size=24, seed=0, name="default", batch=1, **changes):
     return GaussianPrior.natural(side, side, 0.35), seen, degradation, settings
 
 
+@pytest.mark.filterwarnings("ignore:.*stability bound")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_preset_runs_every_task(name, task):
