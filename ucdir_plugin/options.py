@@ -584,13 +584,12 @@ def _without(paths: set, node: Any, here: tuple = ()) -> Any:
     return {k: _without(paths, v, (*here, k)) for k, v in node.items() if (*here, k) not in paths}
 
 
-def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
-    """An option file on top of the one that it names as ``_base_``, relative to its own folder (as in MMEngine).
+def read_yaml_file(path: str) -> dict:
+    """A mapping from a file of plain YAML.
 
-    Mappings are merged; where both have a ``type`` and it differs, the file's own replaces that of the base.
+    Raises:
+        UserError: if it is missing, no plain YAML, or no mapping.
     """
-    if os.path.realpath(path) in above:
-        raise UserError(f"option file {path}: it is its own _base_")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -601,6 +600,17 @@ def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
     raw = read_yaml(text, path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a mapping of options is expected")
+    return raw
+
+
+def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
+    """An option file on top of the one that it names as ``_base_``, relative to its own folder (as in MMEngine).
+
+    Mappings are merged; where both have a ``type`` and it differs, the file's own replaces that of the base.
+    """
+    if os.path.realpath(path) in above:
+        raise UserError(f"option file {path}: it is its own _base_")
+    raw = read_yaml_file(path)
     base = raw.pop("_base_", None)
     if base is None:
         return raw

@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 import torch
 from safetensors import safe_open
@@ -245,6 +245,65 @@ def convert_ucdir(source: str, target: str) -> dict[str, Any]:
     return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "dropped": dropped}
 
 
+def convert_adm(
+    source: str, target: str, network: Optional[Mapping[str, Any]] = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Turn a checkpoint of OpenAI's guided-diffusion into a prior: one file, its network's configuration in the header.
+
+    Args:
+        source: such as ``256x256_diffusion_uncond.pt``.
+        target: a .safetensors file.
+        network: the arguments of :class:`ADMUNet`. Default: the unconditional 256x256 model.
+        dtype: that floating-point weights are stored in.
+
+    Returns:
+        ``{"tensors": number, "parameters": numbers in them}``.
+
+    Raises:
+        UserError: if the file cannot be read or written, or is of another architecture.
+    """
+    from ucdir_plugin.registry import build_arch
+
+    if not target.endswith(".safetensors"):
+        raise UserError(f"{target}: a prior's file ends with .safetensors")
+    config = {"type": "ADMUNet", **(network or {})}
+    state, _ = choose_state(read_checkpoint(source), source)
+    with torch.device("meta"):
+        net = build_arch(config, "network")
+    state = fitting_state_dict(net, state, source)
+    return _write_safetensors(state, target, dtype, {"network": config})
+
+
+def read_prior(path: str) -> tuple[dict[str, torch.Tensor], Optional[dict]]:
+    """Weights of a prior, and its network if the file is one of :func:`convert_adm`'s.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    state, _ = choose_state(read_checkpoint(path), path)
+    if not path.endswith(".safetensors"):
+        return state, None
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get(HEADER)
+    try:
+        network = json.loads(header or "{}").get("network")
+    except (ValueError, AttributeError) as err:
+        raise UserError(f"{path}: its header cannot be read") from err
+    return state, network if isinstance(network, dict) else None
+
+
+def _write_safetensors(
+    state: Mapping[str, torch.Tensor], target: str, dtype: torch.dtype, header: Mapping[str, Any]
+) -> dict[str, Any]:
+    from safetensors.torch import save
+
+    from ucdir_plugin.files import write_atomically
+
+    state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+    write_atomically(save(state, metadata={HEADER: json.dumps(header)}), target)
+    return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values())}
+
+
 def write_model(
     source: str, options: dict, target: str, dtype: torch.dtype, notes: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -263,26 +322,20 @@ def write_model(
     Raises:
         UserError: if the weights do not fit, or the file cannot be written.
     """
-    from safetensors.torch import save
-
-    from ucdir_plugin.files import write_atomically
     from ucdir_plugin.registry import build_arch
 
     state, _ = choose_state(read_checkpoint(source), source, "params_ema")
     with torch.device("meta"):
         net = build_arch(options["network_g"], "network_g")
     state = fitting_state_dict(net, state, source)
-    state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     kept = {
         k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
     }
     if "sampling" in options["val"]:
         kept["val"] = {"sampling": options["val"]["sampling"]}
-    header = json.dumps({"options": kept, "notes": dict(notes)})
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
-    write_atomically(save(state, metadata={HEADER: header}), target)
-    return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values())}
+    return _write_safetensors(state, target, dtype, {"options": kept, "notes": dict(notes)})
 
 
 def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:

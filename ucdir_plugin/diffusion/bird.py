@@ -1,0 +1,692 @@
+"""BIR-D: an image and its unknown degradation together, from a diffusion prior (Tu et al., 2024).
+
+Paper: Taming Generative Diffusion Prior for Universal Blind Image Restoration, https://arxiv.org/abs/2408.11287
+
+A solver is a prior, a data step and a kernel step in a reverse process; a preset names a choice of them:
+
+    settings, task = preset("default"), TASKS["blind"]
+    result = Solver(prior, [(y, task.degradation(y, settings))], settings, noise).run()
+    result.image, result.observations[0].degradation.kernel
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Callable, Dict, List, Literal, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ucdir_plugin.diffusion import guidance, kernel, tiling
+from ucdir_plugin.diffusion.degradation import (
+    BlockMean,
+    ChannelMean,
+    Compose,
+    Degradation,
+    HoleMask,
+    Operator,
+    Padding,
+    start_kernel,
+)
+from ucdir_plugin.diffusion.guidance import AdaptiveScale, FixedScale, Level, Observation
+from ucdir_plugin.diffusion.prior import Prior
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.errors import UserError, at_least_one, did_you_mean
+
+Noise = Callable[..., torch.Tensor]
+"""(shape, draw, further parts of the key) -> standard normal noise, as of ``sampling.image_noise``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A reverse process and its steps.
+
+    Attributes:
+        data: how x_0 follows from y.
+        kernel: how K and M do.
+        steps: of the reverse process, one network call each.
+        levels: ``log_sigma``, noise equally spaced in log(sigma) from ``sigma_start`` to ``sigma_end``; or some of the
+            prior's own levels, spaced as in :meth:`NoiseSchedule.respace`.
+        sigma_start: noise of the first level, of x_t / sqrt(alpha_bar) on the scale of [0, 1]. Default: 75 / 255, or
+            all that the prior knows with ``start: noise``.
+        sigma_end: noise of the last level with ``log_sigma``.
+        start: ``warm``, y noised to the first level, or pure ``noise``.
+        transition: ``fresh``, x_{t-1} of x_0 and entirely new noise (DiffPIR with zeta 1); ``ancestral``, of
+            q(x_{t-1} | x_t, x_0) (DDPM); ``ddim``, with eps re-derived from the guided x_0.
+        eta: of ddim: 0 deterministic, 1 as ancestral with the posterior variance.
+        variance: of ancestral: ``learned`` by the network where it has, or ``posterior``.
+        inner: data and kernel steps for each network call.
+        simultaneous: the kernel step sees x_0 as it was before the data step.
+        clip_x0: clamp the prior's x_0 to [-1, 1].
+        noise_target: compare with y noised as x_t (3 of the 4 released scripts) instead of y itself (paper).
+        passes: with ``noise_target``, how often in a step, each with its own noise, the mean of which counts.
+        kernel_size, kernel_start: see :func:`start_kernel`; the size is the task's if None.
+        padding: of the convolution; ``valid`` makes x larger than y by k // 2 on each side, and crops it at the end.
+    """
+
+    data: Union[guidance.Proximal, guidance.Gradient] = guidance.Proximal()  # noqa: RUF009  (frozen)
+    kernel: Union[kernel.LeastSquares, kernel.Gradient, kernel.Fixed] = kernel.LeastSquares()  # noqa: RUF009
+    steps: int = 16
+    levels: Literal["log_sigma", "uniform", "trailing", "quadratic"] = "log_sigma"
+    sigma_start: Optional[float] = None
+    sigma_end: float = 0.01
+    start: Literal["warm", "noise"] = "warm"
+    transition: Literal["fresh", "ancestral", "ddim"] = "fresh"
+    eta: float = 0.0
+    variance: Literal["learned", "posterior"] = "learned"
+    inner: int = 3
+    simultaneous: bool = False
+    clip_x0: bool = True
+    noise_target: bool = False
+    passes: int = 1
+    kernel_size: Optional[int] = None
+    kernel_start: Literal["delta", "gaussian", "edges", "random"] = "delta"
+    padding: Padding = "valid"
+
+    def __post_init__(self) -> None:
+        at_least_one(steps=self.steps, inner=self.inner, passes=self.passes)
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta must be between 0 and 1, got {self.eta}")
+        if self.passes > 1 and not self.noise_target:
+            raise UserError("passes differ only in the noise of their targets: set noise_target, or passes to 1")
+        if not self.simultaneous or self.inner == 1:
+            return
+        raise UserError("simultaneous steps cannot be repeated: set inner to 1")
+
+    def known(self) -> Settings:
+        """The same for a known operator: K is not learned, and its error is none."""
+        data = self.data
+        if isinstance(data, guidance.Proximal):
+            data = replace(data, kernel_error=0.0)
+        return replace(self, data=data, kernel=kernel.Fixed(), inner=1)
+
+
+_REVERSE = {"levels": "uniform", "start": "noise", "transition": "ancestral", "inner": 1, "simultaneous": True}
+
+PRESETS: Dict[str, Settings] = {
+    # What measured best: proximal data step, least squares with the posterior covariance, fresh noise, warm start.
+    "default": Settings(),
+    # The paper's gradient guidance with its open points mended.
+    "guided": Settings(
+        data=guidance.Gradient(AdaptiveScale()),
+        kernel=kernel.Gradient(mask_rate=0.05),
+        steps=250,
+        kernel_start="edges",
+        padding="reflect",
+        **_REVERSE,
+    ),
+    # Algorithm 1, in standard DDPM symbols.
+    "paper": Settings(
+        data=guidance.Gradient(AdaptiveScale(initial=None, denominator="x0", absolute=False, cap=None)),
+        kernel=kernel.Gradient(rate=0.01, mask_rate=0.01, mask_per_pixel=False, simplex=False),
+        steps=1000,
+        variance="posterior",
+        clip_x0=False,
+        kernel_start="random",
+        padding="zeros",
+        **_REVERSE,
+    ),
+    # The deblurring script as it was released: its first step ascends.
+    "released": Settings(
+        data=guidance.Gradient(AdaptiveScale(initial=-3000.0, min_log_variance=0.0, first_previous="ones", cap=None)),
+        kernel=kernel.Gradient(rate=0.01, simplex=False),
+        steps=1000,
+        noise_target=True,
+        passes=4,
+        kernel_start="edges",
+        padding="zeros",
+        **_REVERSE,
+    ),
+    # Generative Diffusion Prior (arXiv 2304.01247): the operator known, the scale fixed.
+    "gdp": Settings(
+        data=guidance.Gradient(FixedScale(6000.0)), kernel=kernel.Fixed(), steps=1000, padding="zeros", **_REVERSE
+    ),
+}
+
+LEAST_SQUARES_SIZE = 15
+"""Of a kernel that least squares estimate: a size that is too small for a motion loses most of the gain."""
+
+GRAY_WORLD = 0.5
+"""Mean brightness that a dark image is supposed to have had, for the gain to start from."""
+
+GDP_SCALES = {"sr4": 2000.0, "inpaint": 4000.0, "lowlight": 80000.0}
+"""Guidance scales of GDP where they are not 6000."""
+
+
+def preset(name: str, task: Optional[str] = None) -> Settings:
+    """A named choice of settings, as it is for a task of :data:`TASKS`.
+
+    Raises:
+        UserError: for an unknown preset or task.
+    """
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}; {did_you_mean(name, PRESETS)}")
+    settings = PRESETS[name]
+    if task is None:
+        return settings
+    found = task_named(task)
+    if name == "released":
+        if task == "lowlight":
+            still = replace(settings.kernel, rate=1.0, mask_rate=1.0, mask_per_pixel=False)
+            data = guidance.Gradient(FixedScale(62000.0))
+            settings = replace(settings, data=data, kernel=still, noise_target=False, passes=1)
+            return replace(settings, kernel_size=3, kernel_start="random")
+        if task == "multi":
+            return replace(settings, data=guidance.Gradient(FixedScale(4500.0)))
+    if name == "gdp":
+        colour = 1.0 if task == "colorize" else 0.0
+        settings = replace(settings, data=guidance.Gradient(FixedScale(GDP_SCALES.get(task, 6000.0)), colour))
+        if task == "lowlight":
+            settings = replace(
+                settings, kernel=kernel.Gradient(rate=1.0, mask_rate=1.0, mask_per_pixel=False, simplex=False)
+            )
+    if name in ("default", "guided") and not found.blind:
+        settings = settings.known()
+    if name == "guided" and (found.holes or not found.simplex):
+        settings = replace(settings, kernel_start="delta")
+    if name in ("default", "guided") and not found.simplex:
+        settings = replace(settings, kernel=kernel.Gradient(mask_rate=0.05, simplex=False))
+    if isinstance(settings.kernel, kernel.LeastSquares):
+        settings = replace(settings, kernel_size=LEAST_SQUARES_SIZE)
+    return settings
+
+
+def ablation(settings: Settings, model: Literal["A", "B", "C", "D"]) -> Settings:
+    """Models of Table 5: A neither learns K nor adapts s, B adapts s, C learns K, D does both (BIR-D).
+
+    Args:
+        settings: with gradient guidance, such as the preset ``guided``.
+
+    Raises:
+        UserError: for another model, or settings without a guidance scale.
+    """
+    if model not in ("A", "B", "C", "D"):
+        raise UserError(f"ablation model {model!r} is not known: take A, B, C or D")
+    if not isinstance(settings.data, guidance.Gradient) or not settings.kernel.learns:
+        raise UserError(
+            "the ablation models are of gradient guidance with a learned kernel: take the preset guided or paper"
+        )
+    fixed_scale = isinstance(settings.data.scale, AdaptiveScale) and model in "AC"
+    if fixed_scale:
+        settings = replace(settings, data=replace(settings.data, scale=FixedScale()))
+    return replace(settings, kernel=kernel.Fixed()) if model in "AB" else settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known of a degradation y = A(K * x + M) before y is looked at.
+
+    Attributes:
+        blind: K is to be learned by the presets default and guided; the others always learn it.
+        kernel_size: of K, where the settings leave it open.
+        sigma: of a start that is ``gaussian`` or ``edges``, in pixels.
+        simplex: K is a blur; not for low light, where its sum is the gain.
+        mask: M is learned.
+        factor: of super-resolution.
+        gray: A takes the channels' mean.
+        holes: A has a hole mask.
+    """
+
+    blind: bool = True
+    kernel_size: int = 9
+    sigma: float = 2.0
+    simplex: bool = True
+    mask: bool = False
+    factor: int = 1
+    gray: bool = False
+    holes: bool = False
+
+    def operator(self, known: Optional[torch.Tensor] = None) -> Operator:
+        """A.
+
+        Args:
+            known: (1 or B, 1, H, W) of 0 and 1, for ``holes``.
+
+        Raises:
+            UserError: if a mask is missing, or means nothing here.
+        """
+        if self.holes == (known is None):
+            raise UserError("this task needs a hole mask" if self.holes else "only inpainting takes a hole mask")
+        parts = [BlockMean(self.factor)] if self.factor > 1 else []
+        parts += [ChannelMean()] if self.gray else []
+        parts += [HoleMask(known)] if known is not None else []
+        return parts[0] if len(parts) == 1 else Compose(parts) if parts else Operator()
+
+    def degradation(
+        self,
+        y: torch.Tensor,
+        settings: Settings,
+        known: Optional[torch.Tensor] = None,
+        channels: int = 3,
+        key: Tuple = (0,),
+    ) -> Degradation:
+        """The degradation to start from, for y (B, c, h, w) in [-1, 1].
+
+        The sum of K is 1, except where it is the gain (not ``simplex``): there it is as drawn for a ``random`` start,
+        and makes the scene's mean 0.5 for the others, as K = 1 and x = y would agree already.
+        """
+        size = settings.kernel_size or self.kernel_size
+        total = None if settings.kernel_start == "random" and not self.simplex else 1.0
+        start = start_kernel(
+            len(y), size, settings.kernel_start, channels=channels, sigma=self.sigma, total=total, key=key
+        ).to(y.device)
+        if not self.simplex and total is not None:
+            gain = (y.flatten(1).mean(1) + 1) / 2 / GRAY_WORLD
+            start = start * gain.clamp(0.02, 1).view(-1, 1, 1, 1, 1)
+        operator = self.operator(known)
+        size = (y.shape[-2] * operator.shrinks, y.shape[-1] * operator.shrinks)
+        mask = y.new_zeros(len(y), 1, *size) if self.mask else None
+        return Degradation(start, mask, operator, settings.padding)
+
+
+TASKS: Dict[str, Task] = {
+    "blind": Task(),
+    "deblur": Task(),
+    "motion": Task(),
+    "sr4": Task(blind=False, factor=4),
+    "inpaint": Task(blind=False, holes=True),
+    "colorize": Task(blind=False, gray=True),
+    "lowlight": Task(kernel_size=5, simplex=False, mask=True),
+    "hdr": Task(kernel_size=5, simplex=False, mask=True),
+    "multi": Task(gray=True),
+}
+
+
+def task_named(name: str) -> Task:
+    """
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}; {did_you_mean(name, TASKS)}")
+    return TASKS[name]
+
+
+def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
+    """Levels of noise equally spaced in log(sigma), sigma of x_t / sqrt(alpha_bar) on the scale of [0, 1].
+
+    Raises:
+        UserError: unless start > end > 0, or start = end and one step.
+    """
+    at_least_one(steps=steps)
+    if not (start > end > 0 or (start == end > 0 and steps == 1)):
+        raise UserError(
+            f"the noise must fall: sigma_start {start:.4g} must be above sigma_end {end:.4g}, and that above 0"
+        )
+    sigma = np.exp(np.linspace(math.log(end), math.log(start), steps)) if steps > 1 else np.array([start])
+    alpha_bar = 1 / (1 + 4 * sigma**2)
+    return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+
+
+@dataclass
+class StepRecord:
+    """What one step did; tensors are (B, ...) in [-1, 1], and valid until the next step.
+
+    Attributes:
+        number: from 0.
+        t: index of the level.
+        x_t, x0: state, and the prior's estimate of x_0.
+        mean_unguided, log_variance: of x_{t-1} by the prior alone; only for ancestral and ddim.
+        guided: what the data step did (the last one).
+        mean: of x_{t-1}.
+        x_prev: the new state.
+        terms: of the adaptive scale, for each observation; without it empty.
+    """
+
+    number: int
+    t: int
+    x_t: torch.Tensor
+    x0: torch.Tensor
+    mean_unguided: Optional[torch.Tensor]
+    log_variance: Optional[torch.Tensor]
+    guided: guidance.Guided
+    mean: torch.Tensor
+    x_prev: torch.Tensor
+    terms: List[dict]
+
+
+@dataclass
+class Trace:
+    """What was learned, step by step, on the CPU: lists with an entry for each step (paper, figures 11 and 12).
+
+    Attributes:
+        sigma: noise level on the scale of [0, 1].
+        loss, scale, mask_mean: (observations, B) each; scale is NaN for data steps without one.
+        kernel: for each observation (B, C, 1 or C, k, k).
+    """
+
+    sigma: List[float] = field(default_factory=list)
+    loss: List[torch.Tensor] = field(default_factory=list)
+    scale: List[torch.Tensor] = field(default_factory=list)
+    mask_mean: List[torch.Tensor] = field(default_factory=list)
+    kernel: List[List[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def kernel_sum(self) -> List[torch.Tensor]:
+        """(observations, B, C) for each step: the gain of each channel."""
+        return [torch.stack([k.sum((2, 3, 4)) for k in kernels]) for kernels in self.kernel]
+
+
+@dataclass
+class Result:
+    """What a solver found.
+
+    Attributes:
+        image: (B, C, H, W) in [-1, 1] up to overshoot; NaN where it failed.
+        observations: with what was learned of each degradation.
+        degraded: D(image) for each observation, like y, in [-1, 1].
+        trace: of the steps.
+        failed: for each image, why it was given up; None where it was not.
+    """
+
+    image: torch.Tensor
+    observations: List[Observation]
+    degraded: List[torch.Tensor]
+    trace: Trace
+    failed: List[Optional[str]]
+
+
+class Solver:
+    """One batch of scenes at work.
+
+    Args:
+        prior: of images.
+        observed: y (B, c, h, w) in [-1, 1] and its degradation, for each observation of the scenes.
+        settings: see :class:`Settings`.
+        noise: all the randomness: draw 0 starts, draw k is of the k-th step.
+        tile, overlap, tile_batch, merge: patches for the prior, as of ``tiling``, where the image is larger than
+            ``tile``; everything else sees all of it. Default: the prior's ``size``, else whole.
+        names: of the images, for messages.
+        start: a guess at the images, (B, C, H, W) in [-1, 1], to start from instead of y.
+        progress: called after each network call with the pixels that it computed.
+
+    Raises:
+        UserError: if something does not fit: channels, sizes, a constant y, more noise than the prior knows.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        observed: Sequence[Tuple[torch.Tensor, Degradation]],
+        settings: Settings,
+        noise: Noise,
+        *,
+        tile: Optional[int] = None,
+        overlap: int = 0,
+        tile_batch: int = 1,
+        merge: str = "drop",
+        names: Optional[Sequence[str]] = None,
+        start: Optional[torch.Tensor] = None,
+        progress: Optional[Callable[[int], None]] = None,
+    ):
+        if not observed:
+            raise UserError("there is no observation: give at least one y")
+        self.prior, self.settings, self.noise, self.progress = prior, settings, noise, progress
+        self.names = list(names) if names is not None else [str(i) for i in range(len(observed[0][0]))]
+        self.border = observed[0][1].border
+        self.observations = [self._observation(y, degradation) for y, degradation in observed]
+        shapes = {tuple(o.guess.shape) for o in self.observations}
+        if len(shapes) > 1:
+            sizes = " and ".join(f"{s[-1]}x{s[-2]}" for s in sorted(shapes))
+            raise UserError(f"observations of one scene must have one size, these give scenes of {sizes}")
+        self.guess = torch.stack([self._brightened(o) for o in self.observations]).mean(0)
+        if start is not None:
+            self.guess = self._enlarge(start)
+            if self.guess.shape != self.observations[0].guess.shape:
+                raise UserError(
+                    f"the start is {tuple(start.shape)}, the scene {tuple(self.guess.shape)}: sizes must agree"
+                )
+        for number, observation in enumerate(self.observations):
+            settings.kernel.check((self.guess + 1) / 2, observation.degradation)
+            self._check_fit(number, observation)
+        self.schedule = self._schedule()
+        self.previous: Optional[torch.Tensor] = None
+        self.failed: List[Optional[str]] = [None] * len(self.guess)
+        self.denoise = self._tiled(tile, overlap, tile_batch, merge)
+
+    def _observation(self, y: torch.Tensor, degradation: Degradation) -> Observation:
+        if len(degradation.kernel) != len(y):
+            raise ValueError(f"{len(degradation.kernel)} kernels for {len(y)} images")
+        if degradation.kernel.shape[1] != self.prior.channels:
+            raise UserError(f"the prior has {self.prior.channels} channels, the kernel {degradation.kernel.shape[1]}")
+        flat = y.flatten(1)
+        for name, constant in zip(self.names, (flat.amax(1) == flat.amin(1)).tolist()):
+            if constant:
+                raise UserError(f"{name}: all pixels are equal, there is nothing to restore")
+        if degradation.border != self.border:
+            raise UserError("observations of one scene need kernels of one size with padding valid")
+        guess = degradation.operator.lift((y + 1) / 2, self.prior.channels) * 2 - 1
+        if guess.shape[1] != self.prior.channels:
+            raise UserError(f"the prior is for {self.prior.channels} channels, y has {y.shape[1]}")
+        return Observation(y, degradation, self._enlarge(guess))
+
+    def _brightened(self, observation: Observation) -> torch.Tensor:
+        """The guess without the gain of the kernel, where that is not 1."""
+        gain = observation.degradation.kernel.sum((2, 3, 4)).mean(1).view(-1, 1, 1, 1)
+        if self.settings.start == "noise" or bool((gain - 1).abs().max() < 1e-3):
+            return observation.guess
+        return ((observation.guess + 1) / gain.clamp(min=1e-3) - 1).clamp(-1, 1)
+
+    def _enlarge(self, image: torch.Tensor) -> torch.Tensor:
+        border = self.border
+        if not border:
+            return image
+        mode = "reflect" if border < min(image.shape[-2:]) else "replicate"
+        return F.pad(image, (border,) * 4, mode=mode)
+
+    def _crop(self, image: torch.Tensor) -> torch.Tensor:
+        border = self.border
+        return image[..., border : image.shape[-2] - border, border : image.shape[-1] - border]
+
+    def _check_fit(self, number: int, observation: Observation) -> None:
+        seen = observation.degradation((self.guess + 1) / 2)
+        if seen.shape != observation.y.shape:
+            raise UserError(
+                f"observation {number} has {tuple(observation.y.shape[1:])} values, its degradation gives"
+                f" {tuple(seen.shape[1:])}: channels or size do not fit the task"
+            )
+
+    def _schedule(self) -> NoiseSchedule:
+        settings, known = self.settings, self.prior.schedule
+        if settings.start == "noise" and not self.prior.generates:
+            raise UserError(
+                f"this prior knows noise up to sigma {self.prior.sigma_max:.3g} only and cannot start from pure noise:"
+                " set start to warm, or take a diffusion network"
+            )
+        most = self.prior.sigma_max
+        start = settings.sigma_start
+        if start is not None and start > most * (1 + 1e-6):
+            raise UserError(f"sigma_start {start:.4g} is more than the prior's {most:.4g}: take less")
+        if start is None:
+            start = most if settings.start == "noise" else min(most, 75 / 255)
+        if settings.levels == "log_sigma":
+            return log_sigma_schedule(start, settings.sigma_end, settings.steps)
+        sigmas = (1 / known.alpha_bar - 1) ** 0.5 / 2
+        within = max(1, int(np.searchsorted(sigmas, start * (1 + 1e-6), "right")))
+        if settings.steps > within:
+            raise UserError(f"steps {settings.steps} is more than the prior's {within} levels up to sigma {start:.3g}")
+        return known.truncate(within).respace(settings.steps, settings.levels)
+
+    def _tiled(self, tile: Optional[int], overlap: int, tile_batch: int, merge: str):
+        height, width = self.guess.shape[-2:]
+        tile = self.prior.size if tile is None else tile
+
+        def call(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+            out = self.prior(x, level)
+            if self.progress is not None:
+                self.progress(len(x) * x.shape[-2] * x.shape[-1])
+            return out
+
+        if tile is None or max(height, width) <= tile:
+            return call
+        grid = tiling.Grid.aligned(height, width, tile, overlap, self.prior.stride)
+        return tiling.split(call, grid, tile_batch=tile_batch, merge=merge)
+
+    @torch.no_grad()
+    def predict(self, x_t: torch.Tensor, t: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The prior's x_0 and, if it has learned it, v: (B, C, H, W) each."""
+        alpha_bar = float(self.schedule.alpha_bar[t])
+        out = self.denoise(x_t, x_t.new_full((len(x_t),), alpha_bar**0.5))
+        eps, v = out[:, : self.prior.channels], out[:, self.prior.channels :]
+        x0 = x_t / alpha_bar**0.5 - (1 / alpha_bar - 1) ** 0.5 * eps
+        return (x0.clamp(-1, 1) if self.settings.clip_x0 else x0), (v if self.prior.learned_variance else None)
+
+    def log_variance(self, x_t: torch.Tensor, v: Optional[torch.Tensor], t: int) -> torch.Tensor:
+        """Of x_{t-1} given x_t: f log(beta) + (1 - f) log(beta~), f = (v + 1) / 2; log(beta~) without v."""
+        schedule = self.schedule
+        floor = schedule.posterior_variance[1] if len(schedule) > 1 else schedule.betas[0]
+        low = math.log(schedule.posterior_variance[t] if t else floor)  # that of t = 0 is none
+        if v is None or self.settings.variance == "posterior":
+            return torch.full_like(x_t, low)
+        part = (v + 1) / 2
+        return part * math.log(schedule.betas[t]) + (1 - part) * low
+
+    def first(self) -> torch.Tensor:
+        """The state that the process starts from."""
+        noise = self.noise(self.guess.shape, 0).to(self.guess)
+        if self.settings.start == "noise":
+            return noise
+        alpha_bar = float(self.schedule.alpha_bar[-1])
+        return alpha_bar**0.5 * self.guess + (1 - alpha_bar) ** 0.5 * noise
+
+    @torch.no_grad()
+    def step(self, number: int, x_t: torch.Tensor, t: int) -> StepRecord:
+        """One step of the reverse process, from x_t at level t.
+
+        Args:
+            number: from 0; the key of its noise.
+            x_t: (B, C, H, W).
+            t: index into ``schedule``.
+        """
+        settings, schedule = self.settings, self.schedule
+        alpha_bar, alpha_bar_prev = float(schedule.alpha_bar[t]), float(schedule.alpha_bar_prev[t])
+        c1, c2 = float(schedule.posterior_mean_coef1[t]), float(schedule.posterior_mean_coef2[t])
+        level = Level((1 / alpha_bar - 1) ** 0.5 / 2, c1, len(schedule))
+        x0, v = self.predict(x_t, t)
+        fresh = settings.transition == "fresh"
+        adaptive = isinstance(settings.data, guidance.Gradient) and isinstance(settings.data.scale, AdaptiveScale)
+        log_variance = None if fresh and not adaptive else self.log_variance(x_t, v, t)
+        unguided = None if fresh and not adaptive else c1 * x0 + c2 * x_t
+        self._aim(number, x_t, alpha_bar, adaptive, log_variance)
+        error = settings.data.error(level.sigma) if isinstance(settings.data, guidance.Proximal) else level.sigma
+        for _ in range(settings.inner):
+            guided = settings.data(x0, self.observations, level)
+            image = ((x0 if settings.simultaneous else guided.x0) + 1) / 2
+            for o in self.observations:
+                o.degradation = settings.kernel(image, o.targets, o.degradation, level.sigma, error)
+        mean, spread = guided.x0, 0.0
+        if fresh:
+            if t:
+                mean, spread = alpha_bar_prev**0.5 * guided.x0, (1 - alpha_bar_prev) ** 0.5
+        elif settings.transition == "ancestral":
+            mean = c1 * guided.x0 + c2 * x_t
+            spread = (log_variance / 2).exp()
+        else:
+            variance = settings.eta**2 * float(schedule.posterior_variance[t])
+            from_x = ((1 - alpha_bar_prev - variance) / (1 - alpha_bar)) ** 0.5
+            mean = (alpha_bar_prev**0.5 - from_x * alpha_bar**0.5) * guided.x0 + from_x * x_t
+            spread = variance**0.5
+        x_prev = mean
+        if t and (isinstance(spread, torch.Tensor) or spread):
+            x_prev = mean + spread * self.noise(x_t.shape, number + 1).to(mean)
+        terms = []
+        if adaptive:
+            rule = settings.data.scale
+            for o, shift in zip(self.observations, guided.shift):
+                last = self.previous
+                terms.append(
+                    rule.update(
+                        o, shift[-1], x_t, mean, x_prev, rule.log_variance(log_variance), rule.log_variance(last)
+                    )
+                )
+            self.previous = log_variance
+        return StepRecord(number, t, x_t, x0, unguided, log_variance, guided, mean, x_prev, terms)
+
+    def _aim(
+        self, number: int, x_t: torch.Tensor, alpha_bar: float, adaptive: bool, log_variance: Optional[torch.Tensor]
+    ) -> None:
+        """Targets of this step, and what the adaptive scale needs of a step before the first."""
+        for index, o in enumerate(self.observations):
+            o.targets = [(o.y + 1) / 2]
+            if self.settings.noise_target:
+                key = (index,) if index else ()
+                drawn = (
+                    self.noise(o.y.shape, number + 1, "target", p, *key).to(o.y) for p in range(self.settings.passes)
+                )
+                o.targets = [(alpha_bar**0.5 * o.y + (1 - alpha_bar) ** 0.5 * n + 1) / 2 for n in drawn]
+        if not adaptive:
+            return
+        rule = self.settings.data.scale
+        if self.previous is None:
+            ones = rule.first_previous == "ones"
+            self.previous = torch.ones_like(log_variance) if ones else log_variance
+        if rule.initial is None:
+            for o in self.observations:
+                if o.numerator is None:  # mu = x_T
+                    density = guidance.log_density(o.guess - x_t, rule.log_variance(log_variance))
+                    o.numerator = 2 * density
+
+    @torch.no_grad()
+    def run(self, callback: Optional[Callable[[StepRecord], None]] = None) -> Result:
+        """All steps.
+
+        Args:
+            callback: called after each step.
+        """
+        x, trace = self.first(), Trace()
+        for number, t in enumerate(reversed(range(len(self.schedule)))):
+            done = self.step(number, x, t)
+            x = self._finite(done)
+            self._record(trace, done)
+            if callback is not None:
+                callback(done)
+        image = self._crop(x)
+        whole = [o.degradation((x + 1) / 2) * 2 - 1 for o in self.observations]
+        lost = torch.tensor([f is not None for f in self.failed], device=x.device).view(-1, 1, 1, 1)
+        nan = image.new_tensor(float("nan"))
+        return Result(torch.where(lost, nan, image), self.observations, whole, trace, list(self.failed))
+
+    def _finite(self, done: StepRecord) -> torch.Tensor:
+        """The new state; an image that has lost its numbers is given up, and goes on as its guess, harmlessly."""
+        fine = done.x_prev.isfinite().flatten(1).all(1)
+        named = {"the image": fine}
+        for guided_loss, o in zip(done.guided.loss, self.observations):
+            named["the loss"] = named.get("the loss", True) & guided_loss.isfinite().all(0)
+            named["the kernel"] = named.get("the kernel", True) & o.degradation.kernel.isfinite().flatten(1).all(1)
+            if o.scale is not None:
+                named["the guidance scale"] = named.get("the guidance scale", True) & o.scale.isfinite()
+        for what in ("the guidance scale", "the loss", "the kernel", "the image"):
+            for i, good in enumerate(named[what].tolist() if what in named else []):
+                if not good and self.failed[i] is None:
+                    self.failed[i] = f"{self.names[i]}: {what} turned non-finite in step {done.number + 1}"
+        fine = torch.stack(list(named.values())).all(0)
+        if bool(fine.all()):
+            return done.x_prev
+        start = start_kernel(1, self.observations[0].degradation.size).to(done.x_prev)
+        for o in self.observations:
+            kernels = o.degradation.kernel
+            harmless = start[:, :1].expand_as(kernels) if kernels.shape[2] == 1 else torch.zeros_like(kernels)
+            mask = o.degradation.mask
+            if mask is not None:
+                mask = torch.where(fine.view(-1, 1, 1, 1), mask, torch.zeros_like(mask))
+            o.degradation = o.degradation.learned(torch.where(fine.view(-1, 1, 1, 1, 1), kernels, harmless), mask)
+            for name in ("scale", "numerator"):
+                value = getattr(o, name)
+                if value is not None:
+                    setattr(o, name, torch.where(fine, value, torch.zeros_like(value)))
+        if self.previous is not None:
+            self.previous = torch.where(fine.view(-1, 1, 1, 1), self.previous, torch.ones_like(self.previous))
+        return torch.where(fine.view(-1, 1, 1, 1), done.x_prev, self.guess)
+
+    def _record(self, trace: Trace, done: StepRecord) -> None:
+        trace.sigma.append(float((1 / self.schedule.alpha_bar[done.t] - 1) ** 0.5 / 2))
+        trace.loss.append(torch.stack([loss.mean(0) for loss in done.guided.loss]).cpu())
+        nothing = torch.full((len(done.x0),), float("nan"))
+        scales = done.guided.scale or [nothing] * len(self.observations)
+        trace.scale.append(torch.stack([s.cpu() for s in scales]))
+        masks = [o.degradation.mask for o in self.observations]
+        means = [torch.zeros(len(done.x0)) if m is None else m.flatten(1).mean(1).cpu() for m in masks]
+        trace.mask_mean.append(torch.stack(means))
+        trace.kernel.append([o.degradation.kernel.cpu() for o in self.observations])

