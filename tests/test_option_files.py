@@ -11,7 +11,7 @@ from conftest import PHOTOS, ROOT
 from torch.utils.data import default_collate
 
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import apply_overrides, load_options
+from ucdir_plugin.options import apply_overrides, load_options, option_text
 from ucdir_plugin.registry import build_arch
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
@@ -149,6 +149,11 @@ def test_bases(tmp_path):
     (tmp_path / "b.yml").write_text("_base_: a.yml\nname: b\ntrain:\n  optim_g: {lr: 1e-5}\n")
     opt, base = load_options(str(tmp_path / "b.yml")), load_options(str(demo))
     assert (opt["name"], opt["manual_seed"]) == ("b", 5) and "_base_" not in opt
+    alone = tmp_path / "elsewhere" / "b.yml"  # what an experiment's folder keeps
+    alone.parent.mkdir()
+    alone.write_text(option_text(str(tmp_path / "b.yml")))
+    assert load_options(str(alone)) == opt
+    assert option_text(str(demo)) == demo.read_text()
     assert set(opt["network_g"]["predictor"]) == {"type", "num_in_ch", "num_out_ch", "scale"}
     assert opt["train"] == {**base["train"], "optim_g": {**base["train"]["optim_g"], "lr": 1e-5}}
     assert load_options(str(tmp_path / "b.yml"), ["manual_seed=7"])["manual_seed"] == 7

@@ -33,7 +33,7 @@ from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_l
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import for_basicsr_loop
-from ucdir_plugin.options import load_options
+from ucdir_plugin.options import load_options, option_text
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights, sha256_of
 
@@ -73,7 +73,7 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
         raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
     for phase, dataset in opt["datasets"].items():
         dataset.update(phase=phase.split("_")[0], scale=opt["scale"])
-        for key in ("dataroot_gt", "dataroot_lq", "meta_info_file"):
+        for key in ("dataroot_gt", "dataroot_lq", "meta_info_file", "condition_file"):
             if dataset.get(key):
                 dataset[key] = os.path.expanduser(dataset[key])
     path = opt["path"]
@@ -203,8 +203,7 @@ def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     opt = setup(args, is_train=True)
     rank_0, seed, total = opt["rank"] == 0, opt["manual_seed"], opt["train"]["total_iter"]
-    with open(args.opt, encoding="utf-8") as file:
-        option_text = file.read()
+    text = option_text(args.opt)
     # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
     (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
     resume = find_resume_state(opt)
@@ -227,7 +226,7 @@ def train(args: argparse.Namespace) -> int:
         state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"
         print(state, flush=True)
         head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
-        report.write_text(head + option_text, os.path.join(root, os.path.basename(args.opt)))
+        report.write_text(head + text, os.path.join(root, os.path.basename(args.opt)))
     logger = start_log(opt, "train")
     logger.info(f"weights: {opt['path'].get('pretrain_network_g') or 'random'}")
     if hasattr(model, "net_g"):

@@ -629,6 +629,15 @@ def _on_top(base: dict, changes: dict) -> dict:
     return merged
 
 
+def option_text(path: str) -> str:
+    """An option file as one that needs no other: as it is, or, where it names a ``_base_``, both merged."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if "_base_" not in read_yaml_file(path):
+        return text
+    return f"# {path} on top of its _base_\n{yaml.safe_dump(_read_file(path), sort_keys=False)}"
+
+
 def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
     """Read, override and check an option file; its ``_base_`` is the option file that it changes.
 
