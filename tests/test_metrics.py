@@ -19,10 +19,11 @@ from torch import nn
 
 import ucdir_plugin
 from ucdir_plugin import metrics
-from ucdir_plugin.diffusion.tiling import Grid
+from ucdir_plugin.diffusion.tiling import Grid, borders_in_image, grid_of
 from ucdir_plugin.errors import NotAvailable, NotMeasurable, UserError
 from ucdir_plugin.metrics import distances, features, perception, perceptual, protocol, seam_score
 from ucdir_plugin.metrics.order import lightness_order_error
+from ucdir_plugin.options import SamplingOptions
 from ucdir_plugin.weights import WeightsFile, sha256_of
 
 
@@ -487,18 +488,22 @@ def test_consistency(photo):
 def test_seam_score_of_the_grid_that_sampling_makes(photo):
     grid = Grid.aligned(160, 192, 96, 16, 4)
     kwargs = {"tile": 96, "overlap": 16, "stride": 4}
-    assert metrics.calculate_seam_score(photo, **kwargs) == pytest.approx(seam_score(photo, *grid.borders))
+    assert metrics.calculate_seam_score(photo, border=0, **kwargs) == pytest.approx(seam_score(photo, *grid.borders))
     released = Grid.released(160, 192, 96, 16)
     assert released.borders != grid.borders
-    value = metrics.calculate_seam_score(photo, 96, 16, "released")
+    value = metrics.calculate_seam_score(photo, 96, 16, "released", border=0)
     assert value == pytest.approx(seam_score(photo, *released.borders))
     padded = Grid.aligned(180, 212, 96, 16, 4)
     rows, columns = (
         [at - 10 for at in borders if 0 < at - 10 < size] for borders, size in zip(padded.borders, (160, 192))
     )
     assert metrics.calculate_seam_score(photo, border=10, **kwargs) == pytest.approx(seam_score(photo, rows, columns))
-    with pytest.raises(NotMeasurable, match="one patch"):
-        metrics.calculate_seam_score(photo, 192)
+    default = SamplingOptions().border
+    rows, columns = borders_in_image(grid_of(160, 192, 96, 16, 4, default), 160, 192, default)
+    assert metrics.calculate_seam_score(photo, **kwargs) == pytest.approx(seam_score(photo, rows, columns))
+    for kind in ({}, {"grid": "released", "border": 0}):
+        with pytest.raises(NotMeasurable, match="one patch"):
+            metrics.calculate_seam_score(photo, 192, **kind)
     with pytest.raises(UserError, match="no grid 'aligend'"):
         metrics.calculate_seam_score(photo, 96, grid="aligend")
 

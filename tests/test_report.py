@@ -3,9 +3,11 @@
 import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -53,6 +55,8 @@ def test_intervals():
     values = np.random.RandomState(0).randn(900)
     low, high = report.interval(list(values))
     half = 1.96 * values.std() / 30
+    few = report.interval([0.0, 1.0, 2.0, 3.0, 4.0])  # Student's t, about: 2 +- 2.776 * 1.58 / sqrt(5)
+    assert few == pytest.approx((2 - 1.96, 2 + 1.96), abs=0.6)
     assert low == pytest.approx(values.mean() - half, abs=0.2 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.2 * half)
     assert report.interval(list(values)) == (low, high)
@@ -106,6 +110,7 @@ def test_the_part_shown_is_where_results_differ_most():
     assert (parts["restored"] == result[236:, 436:]).all()
     gray = {name: image[..., 0] for name, image in {"restored": result, "truth": truth}.items()}
     assert report_html.window(gray, 64) == (rows, columns)
+    assert report_html.window({"restored": gray["restored"], "truth": truth}, 64) == (rows, columns)
 
 
 def test_a_store_gives_back_what_it_keeps(tmp_path, photos):
@@ -210,8 +215,11 @@ def test_the_page_in_a_browser(page, tmp_path):
     assert [row[0] for row in found["first"]] == sorted(values)  # restored alone, by name
     assert {row[1] for row in found["first"]} == {"restored"}
     niqe = [f"{v['niqe']:.4f}" for v in values.values() if v["niqe"] is not None]
-    assert found["up"] == [*sorted(niqe, key=float), *["–"] * 3]
-    assert found["down"] == [*sorted(niqe, key=float, reverse=True), *["–"] * 3]  # what was not measured stays last
+    assert found["up"] == [*sorted(niqe, key=float), *["not measurable"] * 3]
+    assert found["down"] == [
+        *sorted(niqe, key=float, reverse=True),
+        *["not measurable"] * 3,
+    ]  # what was not measured stays last
     assert (found["sorted"], found["all"]) == ("descending", 2 * len(values))
     assert found["clip"] == "inset(0px 0px 0px 25%)"
     scale = [float(re.search(r"scale\((.*)\)", found[k]).group(1)) for k in ("before", "zoomed")]
@@ -292,6 +300,35 @@ def test_suffixes_records_and_extensions(sets, photos):
     assert item.files["restored"] == "samples/chelsea_mean.png" and item.files["truth"] == "one/chelsea.bmp"
 
 
+def test_two_results_of_one_name_and_records_of_no_use(sets):
+    cv2.imwrite(str(sets / "restored/page_net.png"), np.zeros((56, 64, 3), np.uint8))
+    with pytest.raises(UserError, match=r"restored: page\.png and page_net\.png are one without _net"):
+        folders.find_items("restored", "truth", suffix="_net")
+    (sets / "restored/page_net.png").unlink()
+    (sets / "restored/page.json").write_text('{"input": "a", "outputs": [3], "settings": {}}')
+    assert len(folders.find_items("restored", "truth")) == 5
+
+
+def test_what_is_lacking_is_said_and_the_rest_measured(workplace, sets):
+    done = workplace.run("evaluate.py", "restored", "truth", "--metrics", "psnr:crop_border=30", "loe", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    data = json.loads((sets / "out/metrics.json").read_text())
+    assert data["unavailable"] == {"loe": "it compares with the degraded images: give --input"}
+    assert data["measured"]["restored"]["psnr"] == 3  # two have no more than 60 rows
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are Unicode here")
+def test_names_that_are_no_unicode(sets):
+    name = os.fsdecode(b"\xff.png")
+    (sets / "restored/page.png").rename(sets / "restored" / name)
+    (sets / "truth/page.png").rename(sets / "truth" / name)
+    results, failed = folders.evaluate(folders.find_items("restored", "truth"), Evaluation({"psnr": METRICS["psnr"]}), "out", {})  # fmt: skip
+    assert not failed and report.read_results("out/metrics.json")[0] == results
+    store = report_html.Store("kept")
+    store.keep(name, {"restored": np.zeros((4, 4, 3), np.uint8)})
+    assert store(name)[1] == (4, 4)
+
+
 def test_what_cannot_be_measured_is_named(workplace, sets):
     (sets / "restored/chelsea.png").write_bytes(b"no image")
     cv2.imwrite(str(sets / "restored/astronaut.png"), np.zeros((10, 12, 3), np.uint8))
@@ -318,6 +355,11 @@ def test_what_cannot_be_measured_is_named(workplace, sets):
     (["restored", "truth", "--metrics", "psnr:crop=3"], ["unknown option", "crop"]),
     (["restored", "truth", "--metrics", "psnr:crop_border"], ["--metrics psnr"]),
     (["restored/nothing", "truth"], ["holds no image"]),
+    (["restored", "--metrics", "psnr"], ["metric psnr", "give GT"]),
+    (["restored", "truth", "--metrics", "loe"], ["metric loe", "give --input"]),
+    (["restored", "truth", "--metrics", "psnr:crop_border=two"], ["crop_border", "whole number"]),
+    (["restored", "truth", "--metrics", "psnr:crop_border=-3"], ["crop_border", "whole number"]),
+    (["restored", "truth", "--metrics", "niqe:convert_to=rgb"], ["convert_to", "'rgb' is not known"]),
     (["restored", "truth", "-o", "restored/chelsea.png", "--metrics", "psnr"], ["cannot write"]),
 ])  # fmt: skip
 def test_wrong_calls_of_evaluate(workplace, sets, args, words):
@@ -348,7 +390,8 @@ def tables(sets, photos):
 def test_differences_are_paired_and_of_one_protocol(sets, photos):
     a, b, c = tables(sets, photos)
     found = compare.compare([a, b])
-    assert found["images"] == ["astronaut", "camera", "chelsea", "coffee", "page"] and found["remarks"] == []
+    assert found["images"] == ["astronaut", "camera", "chelsea", "coffee", "page"]
+    assert found["remarks"] == [f"NIQE, {run}: the mean is over 2 of 5 images." for run in "ab"]
     assert [column["title"] for column in found["columns"]] == ["NIQE", "PSNR", "LOE"]
     psnr = found["columns"][1]["cells"]
     pairs = [b.value(i, "restored", "psnr") - a.value(i, "restored", "psnr") for i in found["images"]]
@@ -357,7 +400,7 @@ def test_differences_are_paired_and_of_one_protocol(sets, photos):
     assert compare.verdict(psnr[1]["difference"], "higher") == "better"
     assert compare.verdict(psnr[1]["difference"], "lower") == "worse"
     assert compare.verdict({"mean": 1, "interval": (-1, 2)}, "higher") == compare.verdict({"mean": 1, "interval": None}, "higher") == ""  # fmt: skip
-    assert found["columns"][0]["cells"][1]["difference"]["images"] == 2  # NIQE cannot measure one
+    assert found["columns"][0]["cells"][1]["difference"]["images"] == 2  # NIQE cannot measure three
     table = compare.markdown(found)
     assert f"{psnr[1]['difference']['mean']:+.4f} [" in table and "] better |" in table
     found = compare.compare([a, b, c])
@@ -367,10 +410,74 @@ def test_differences_are_paired_and_of_one_protocol(sets, photos):
     assert titles == ["NIQE", "PSNR (colour RGB)", "PSNR (colour Y of YCbCr (BT.601))", "LOE"]
     assert [cell is None for cell in found["columns"][1]["cells"]] == [False, False, True]
     assert compare.compare([a, b], "input")["columns"][1]["cells"][1]["difference"]["mean"] == 0
-    alone = compare.compare([a, c])
-    alone["columns"] = [c for c in alone["columns"] if "PSNR" in c["title"]]
     a.results.protocols.pop("niqe")
     assert "No metric was measured in the same way in two runs." in compare.compare([a, c])["remarks"]
+
+
+def made(tmp_path, name, values, metrics=("psnr",), sets=None):
+    """A run of six images with these values of its metrics."""
+    rows = [{"image": f"{i}.png", "metrics": {"restored": {m: values[m][i] for m in metrics}}} for i in range(6)]
+    stamps = {m: {"name": m.upper(), "type": f"calculate_{m}", "better": "higher"} for m in (*metrics, *(sets or ()))}
+    results = report.Results(rows, stamps, {"restored": sets} if sets else {})
+    report.write_tables(results, str(tmp_path / name / "metrics"), {"name": name})
+    return str(tmp_path / name)
+
+
+def test_means_of_a_column_are_over_the_same_images(tmp_path):
+    ten = [10.0, 10.0, 10.0, 10.0, 10.0, 50.0]
+    runs = [made(tmp_path, "a", {"psnr": ten}), made(tmp_path, "b", {"psnr": [11.0] * 5 + [None]})]
+    found = compare.compare(compare.read_runs(runs))
+    assert [cell["value"] for cell in found["columns"][0]["cells"]] == [10.0, 11.0]
+    assert found["remarks"] == [f"PSNR, {run}: the mean is over 5 of 6 images." for run in "ab"]
+    runs[1] = made(tmp_path, "c", {"psnr": [11.0] * 5 + [float("inf")]})
+    found = compare.compare(compare.read_runs(runs))
+    assert found["columns"][0]["cells"][1]["difference"]["images"] == 5
+    assert found["remarks"] == ["PSNR, c: the difference is over the 5 images with finite values."]
+    runs[1] = made(tmp_path, "d", {"psnr": [None] * 6})
+    assert [cell is None for cell in compare.compare(compare.read_runs(runs))["columns"][0]["cells"]] == [False, True]
+
+
+def test_a_difference_says_from_which_run_it_is(tmp_path):
+    values = {"psnr": [1.0] * 6, "ssim": [0.5] * 6}
+    more = {"psnr": [2.0] * 6, "ssim": [0.25] * 6}
+    runs = [made(tmp_path, "a", values), made(tmp_path, "b", values, ("psnr", "ssim")), made(tmp_path, "c", more, ("psnr", "ssim"))]  # fmt: skip
+    table = compare.markdown(compare.compare(compare.read_runs(runs)))
+    assert "| c | +1.0000 [+1.0000, +1.0000] better | -0.2500 [-0.2500, -0.2500] worse (minus b) |" in table
+    assert "- SSIM: SSIM, higher is better" in table
+    assert len({run.name for run in compare.read_runs([runs[0], runs[0], runs[0]])}) == 3
+
+
+def test_a_table_of_sets_alone(tmp_path):
+    kid = {"value": 0.5, "standard_error": 0.25, "patches": 9, "images": 6, "warnings": [], "left_out": 0}
+    folder = made(tmp_path, "a", {}, (), {"kid": kid})
+    results, _ = report.read_results(f"{folder}/metrics.json")
+    assert results.summary() == {"restored": {"kid": 0.5}} and results.metrics() == ["kid"]
+    assert "| restored | 0.5000 |" in report.markdown_table(results)
+    other = made(tmp_path, "b", {}, (), {"kid": {**kid, "patches": 8}})
+    found = compare.compare(compare.read_runs([folder, other]))
+    assert not found["columns"] and "KID is of all images of a run, which differ: not comparable here." in found["remarks"]  # fmt: skip
+    warned = made(tmp_path, "c", {}, (), {"kid": {**kid, "warnings": ["few"]}})
+    found = compare.compare(compare.read_runs([folder, warned]))
+    assert [cell["error"] for cell in found["columns"][0]["cells"]] == [0.25, 0.25] and "KID: few." in found["remarks"]
+
+
+def test_damaged_tables_are_refused(tmp_path):
+    path = Path(made(tmp_path, "a", {"psnr": [1.0] * 6}), "metrics.json")
+    good = json.loads(path.read_text())
+    stamp = good["protocols"]["psnr"]
+    for change in (
+        {"protocols": {"psnr": {}}},
+        {"protocols": {"psnr": "PSNR"}},
+        {"protocols": {"psnr": {**stamp, "better": None}}},
+        {"images": [{"image": 3, "metrics": {}}]},
+        {"images": [{"image": "a", "metrics": {}, "files": {"restored": ["x"]}}]},
+        {"images": [{"image": "a", "metrics": {"restored": {"psnr": "much"}}}]},
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=r"metrics\.json is no metrics_\*\.json .* or is damaged"):
+            report.read_results(path)
+    path.write_text(json.dumps({**good, "images": [{"image": "a", "metrics": {"restored": {"psnr": float("nan")}}}]}))
+    assert report.read_results(path)[0].rows[0]["metrics"]["restored"] == {"psnr": None}
 
 
 def test_sets_are_compared_only_whole(sets, photos):
@@ -383,7 +490,7 @@ def test_sets_are_compared_only_whole(sets, photos):
     assert [cell["value"] for cell in found["columns"][1]["cells"]] == [0.5, 0.25]
     assert "| 0.5000 ± 0.0625 |" in compare.markdown(found)
     found = compare.compare([a, b, c])
-    assert "KID (X) is of all images of a run: not comparable here." in found["remarks"]
+    assert "KID (X) is of all images of a run, which differ: not comparable here." in found["remarks"]
     assert all(column["title"] != "KID (X)" for column in found["columns"])
 
 

@@ -54,10 +54,12 @@ def main() -> int:
     else:
         names = args.metrics or folders.default_metrics(bool(args.truth), bool(args.input))
         metrics = folders.parse_metrics(names)
+    metrics, lacking = folders.measurable(metrics, bool(args.truth), bool(args.input))
     name = args.name or os.path.basename(os.path.abspath(args.restored))
-    output = args.output or os.path.join("results", f"evaluate_{os.path.splitext(name)[0]}")
+    output = args.output or os.path.join("results", f"evaluate_{name}")
     about = {"name": name, "restored": args.restored, "truth": args.truth, "input": args.input}
     evaluation = Evaluation(metrics, weights_dir, args.download)
+    evaluation.unavailable.update(lacking)
     if not evaluation.protocols:
         raise UserError("none of the metrics is available: the lines above say what to put where")
     results, failed = folders.evaluate(items, evaluation, output, about)

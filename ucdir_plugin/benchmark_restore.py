@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from ucdir_plugin import report
 from ucdir_plugin.benchmark import alternate, peak_memory, result
-from ucdir_plugin.diffusion.tiling import Grid
+from ucdir_plugin.diffusion.tiling import borders_in_image
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import measure
 from ucdir_plugin.metrics.seams import seam_score
 from ucdir_plugin.options import load_options
 from ucdir_plugin.restorer import Restorer, load_model
+from ucdir_plugin.sampling import grid_of
 from ucdir_plugin.validation import write_image
 
 SIZES = ((512, 512), (1024, 1024), (1416, 2120), (3000, 4000))
@@ -145,15 +146,19 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
     scores: Dict[str, List[float]] = {name: [] for name in ["truth", *ways]}
     pictures = []
     for sample in samples:
-        grid = Grid.aligned(*sample["lq"].shape[-2:], tile, overlap, models["inter-step"].net.denoise_fn.stride)
+        size, split = sample["lq"].shape[-2:], models["inter-step"]
+        grid = grid_of(split.net, *size, split.options)
+        if grid is None:
+            raise UserError(f"{sample['key']} ({size[1]}x{size[0]}) is one patch of {tile}: give a smaller --tile")
+        borders = borders_in_image(grid, *size, split.options.border)
         images = {"truth": sample["gt"]}
         for name, model in models.items():
             (images[name],) = model.run(sample["lq"].unsqueeze(0).clone(), sample["key"]).samples
         arrays = {name: tensor2img(image) for name, image in images.items()}
         for name, array in arrays.items():
-            scores[name].append(seam_score(array, *grid.borders))
+            scores[name].append(seam_score(array, *borders))
         if not pictures:
-            top, left = (max(0, borders[0] - 64) for borders in grid.borders)
+            top, left = (max(0, at[0] - 64) if at else 0 for at in borders)
             crops = [arrays[name][top : top + 128, left : left + 128] for name in ways]
             pictures = [np.kron(crop, np.ones((2, 2, 1), np.uint8)) for crop in crops]
     if figure:

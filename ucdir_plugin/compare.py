@@ -16,6 +16,7 @@ from ucdir_plugin import report
 from ucdir_plugin.errors import UserError, did_you_mean
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.folders import read_uint8
+from ucdir_plugin.metrics import protocol
 from ucdir_plugin.report_html import part
 
 CELL = 320
@@ -56,6 +57,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     if len(paths) < 2:
         raise UserError("comparing takes two runs or more")
     runs: list[Run] = []
+    found: list[tuple[str, str, str, report.Results]] = []
     for given in paths:
         path = given
         if os.path.isdir(given):
@@ -67,14 +69,22 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
                 )
             path = tables[0]
         results, about = report.read_results(path)
-        rows = {os.path.splitext(row["image"])[0]: row for row in results.rows}
-        if len(rows) < len(results.rows):  # a.png and a.jpg
-            rows = {row["image"]: row for row in results.rows}
-        name = str(about.get("name") or given)
-        if name in (run.name for run in runs):
+        found.append((str(about.get("name") or given), given, path, results))
+    # By the path without extension, in which results may differ; but not where two images differ in nothing else.
+    ambiguous = any(len({_stem(row) for row in results.rows}) < len(results.rows) for *_, results in found)
+    names = [name for name, *_ in found]
+    for number, (name, given, path, results) in enumerate(found):
+        if names.count(name) > 1 or name in ("input", "truth"):
             name = f"{name} ({given})"
-        runs.append(Run(name, path, results, rows))
+        if name in (run.name for run in runs):
+            name = f"{name} {number + 1}"
+        rows = {row["image"] if ambiguous else _stem(row): row for row in results.rows}
+        runs.append(Run(" ".join(name.split()), path, results, rows))
     return runs
+
+
+def _stem(row: report.Row) -> str:
+    return os.path.splitext(row["image"])[0]
 
 
 def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
@@ -85,10 +95,11 @@ def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
 
     Returns:
         ``stage``; ``runs``: their names; ``images``: those shared; ``columns``; ``remarks``: what was left out.
-        A column has ``title``, ``better``, and for each run None or a cell: ``metric`` (its name in the run),
-        ``value``; ``interval`` of a mean over images, or ``error`` of a set's KID; ``difference`` from the column's
-        first run, over the images measured in both: ``from``, ``mean``, ``interval``, ``images``. Only values of one
-        protocol share a column. Sets (FID, KID) have no differences, and are left out if the runs' images differ.
+        A column has ``title``, ``better``, ``protocol`` (the stamp), and for each run None or a cell: ``metric`` (its
+        name in the run), ``value``, ``images`` that this is over; ``interval`` of a mean, or ``error`` of a set's KID;
+        ``difference`` from the column's first run: ``from``, ``mean``, ``interval``, ``images``. A column's means are
+        over the images measured in all its runs. Only values of one protocol share a column. Sets (FID, KID) have no
+        differences, and are left out if the runs' images or patches differ.
 
     Raises:
         UserError: if the runs share no image, or none has the stage.
@@ -107,19 +118,30 @@ def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
     same_images, columns = not remarks, []
     for title, names in report.columns([run.results.protocols for run in runs]):
         of_set = [run.results.sets.get(stage, {}).get(name) for run, name in zip(runs, names)]
-        if any(of_set) and not same_images:
-            remarks.append(f"{title} is of all images of a run: not comparable here.")
-            continue
         if any(of_set):
+            counts = {found.get("patches") for found in of_set if found}
+            if not same_images or len(counts) > 1:
+                remarks.append(f"{title} is of all images of a run, which differ: not comparable here.")
+                continue
             cells = [
-                found and {"metric": name, "value": found["value"], "error": found.get("standard_error")}
+                found and {"metric": name, **{k: v for k, v in found.items() if k != "standard_error"},
+                           "error": found.get("standard_error")}
                 for found, name in zip(of_set, names)
-            ]
+            ]  # fmt: skip
+            warnings = [w for found in of_set if found for w in found.get("warnings", ())]
+            remarks += dict.fromkeys(f"{title}: {w}." for w in warnings)
         else:
             cells = _cells(runs, images, stage, names)
+            for run, cell in zip(runs, cells):
+                if cell and cell["images"] < len(images):
+                    remarks.append(f"{title}, {run.name}: the mean is over {cell['images']} of {len(images)} images.")
+                over = ((cell or {}).get("difference") or {}).get("images")
+                if over is not None and over < cell["images"]:
+                    remarks.append(f"{title}, {run.name}: the difference is over the {over} images with finite values.")
         if any(cells):
             stamp = next(run.results.protocols[name] for run, name in zip(runs, names) if name)
-            columns.append({"title": title, "type": stamp["type"], "better": stamp["better"], "cells": cells})
+            kept = {"title": title, "type": stamp["type"], "better": stamp["better"], "protocol": stamp}
+            columns.append({**kept, "cells": cells})
     columns.sort(key=report.place)
     if not any(len([cell for cell in column["cells"] if cell]) > 1 for column in columns):
         remarks.append("No metric was measured in the same way in two runs.")
@@ -131,24 +153,22 @@ def _cells(
     runs: Sequence[Run], images: Sequence[str], stage: str, names: Sequence[Optional[str]]
 ) -> list[Optional[dict[str, Any]]]:
     """Of a metric of single images, for each run."""
+    of_runs = [[run.value(image, stage, name) for image in images] for run, name in zip(runs, names)]
+    having = [values for values in of_runs if any(v is not None for v in values)]
+    common = [i for i in range(len(images)) if all(values[i] is not None for values in having)]
     cells: list[Optional[dict[str, Any]]] = []
-    first: Optional[tuple[str, list[Optional[float]]]] = None
-    for run, name in zip(runs, names):
-        values = [run.value(image, stage, name) for image in images]
-        measured = [v for v in values if v is not None]
-        if not measured:
+    first: Optional[tuple[str, list[float]]] = None
+    for run, name, of_run in zip(runs, names, of_runs):
+        if not common or of_run not in having:
             cells.append(None)
             continue
-        cell = {
-            "metric": name,
-            "value": float(np.mean(measured)),
-            "interval": report.interval(values),
-            "difference": None,
-        }
+        values = [of_run[i] for i in common]
+        cell = {"metric": name, "value": float(np.mean(values)), "images": len(values)}
+        cell.update(interval=report.interval(values), difference=None)
         if first is None:
             first = run.name, values
         else:
-            pairs = [b - a for a, b in zip(first[1], values) if None not in (a, b) and np.isfinite([a, b]).all()]
+            pairs = [b - a for a, b in zip(first[1], values) if np.isfinite([a, b]).all()]
             if pairs:
                 found = {"from": first[0], "mean": float(np.mean(pairs)), "interval": report.interval(pairs)}
                 cell["difference"] = {**found, "images": len(pairs)}
@@ -171,13 +191,14 @@ def _mean_cell(cell: Optional[Mapping[str, Any]]) -> str:
     return report.with_interval(cell["value"], cell.get("interval")) + ("" if error is None else f" ± {error:.4f}")
 
 
-def _difference_cell(cell: Optional[Mapping[str, Any]], better: str) -> str:
+def _difference_cell(cell: Optional[Mapping[str, Any]], better: str, first: str) -> str:
     difference = (cell or {}).get("difference")
     if not difference:
         return "-"
     bounds = difference["interval"]
     text = f"{difference['mean']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
-    return f"{text} {verdict(difference, better)}".rstrip()
+    other = "" if difference["from"] == first else f" (minus {report.escaped(difference['from'])})"
+    return f"{text} {verdict(difference, better)}".rstrip() + other
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -186,7 +207,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     titles = [report.heading(c["title"], c) for c in columns]
     means = [[name, *(_mean_cell(c["cells"][i]) for c in columns)] for i, name in enumerate(names)]
     differences = [
-        [name, *(_difference_cell(c["cells"][i], c["better"]) for c in columns)] for i, name in enumerate(names)
+        [name, *(_difference_cell(c["cells"][i], c["better"], found["runs"][0]) for c in columns)]
+        for i, name in enumerate(names)
     ]
     lines = report.markdown_rows([f"{found['stage']}, {len(found['images'])} images", *titles], means)
     lines += ["", *report.markdown_rows([f"minus {names[0]}", *titles], differences[1:])]
@@ -195,6 +217,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += ["", f"{text} differences; better or worse stands where that of a difference does not reach 0."]
     for remark in found["remarks"]:
         lines += ["", remark]
+    lines += ["", *(f"- {c['title']}: {protocol.describe(c['protocol'])}" for c in columns)]
     return "\n".join(lines) + "\n"
 
 

@@ -348,17 +348,22 @@ def test(args: argparse.Namespace) -> int:
         if not handles(model):
             own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
-        pictures = report_html.Store(os.path.join(opt["path"]["results_root"], f".pictures_{name}"))
-        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
-        if opt["rank"] == 0:
-            stem = os.path.join(opt["path"]["results_root"], f"metrics_{name}")
-            about = {"name": opt["name"], "dataset": name, "weights": weights}
-            about["weights_sha256"] = sha256_of(weights) if weights else None
-            report.write_tables(results, stem, about)
-            page = os.path.join(opt["path"]["results_root"], f"report_{name}.html")
-            report_html.write_report(results, page, about, pictures)
-            pictures.remove()
-            print(report.markdown_table(results))
-            print(f"weights: {weights}")
-            print(f"table: {stem}.md .csv .json; pictures: {opt['path']['visualization']}; report: {page}", flush=True)
+        root = opt["path"]["results_root"]
+        pictures = report_html.Store(os.path.join(root, f".pictures_{name}"))
+        try:
+            results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
+            if opt["rank"] == 0:
+                stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
+                about = {"name": opt["name"], "dataset": name, "weights": weights}
+                about["weights_sha256"] = sha256_of(weights) if weights else None
+                report.write_tables(results, stem, about)
+                report_html.write_report(results, page, about, pictures)
+                print(report.markdown_table(results))
+                print(f"weights: {weights}")
+                print(
+                    f"table: {stem}.md .csv .json; report: {page}; pictures: {opt['path']['visualization']}", flush=True
+                )
+        finally:
+            if opt["rank"] == 0:
+                pictures.remove()
     return 0

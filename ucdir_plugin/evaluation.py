@@ -49,6 +49,9 @@ def measure(
         data.update({key: others[key] for key in needs(cfg)})
         if any(value is None for value in data.values()) or ("img2" in data and image.shape != truth.shape):
             continue
+        if min(image.shape[:2]) <= 2 * cfg.get("crop_border", 0):  # nothing is left
+            values[name] = None
+            continue
         # BasicSR's NIQE fits statistics to blocks of 96x96: too small or constant an image has none.
         failures = (NotMeasurable,)
         if "img2" not in data:

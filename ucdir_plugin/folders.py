@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ucdir_plugin import report, report_html
 from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.evaluation import Evaluation
+from ucdir_plugin.evaluation import Evaluation, needs
 from ucdir_plugin.imageio import decode_image, image_size, images_by_stem, read_bytes
 from ucdir_plugin.options import check_metric, load_options, read_assignments
 from ucdir_plugin.pipeline import main_output, read_record
@@ -94,7 +94,13 @@ def find_items(
     found = {stage: images_by_stem(path, path) for stage, path in given.items()}
     results = _main_results(restored, found["restored"])
     if suffix:
-        results = {(stem[: -len(suffix)] if stem.endswith(suffix) else stem): name for stem, name in results.items()}
+        without: dict[str, str] = {}
+        for stem, name in results.items():
+            short = stem[: -len(suffix)] if stem.endswith(suffix) else stem
+            if short in without:
+                raise UserError(f"{restored}: {without[short]} and {name} are one without {suffix}: which one is it?")
+            without[short] = name
+        results = without
     found["restored"] = results
     for stage, path in list(given.items())[1:]:
         lonely = sorted(results.keys() - found[stage].keys())
@@ -165,6 +171,27 @@ def evaluate(
     report.write_tables(results, os.path.join(output, "metrics"), about)
     report_html.write_report(results, os.path.join(output, "report.html"), about, pictures)
     return results, failed
+
+
+def measurable(
+    metrics: dict[str, dict[str, Any]], truth: bool, degraded: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Those metrics that need no images but what is given, and why the others cannot be measured.
+
+    Raises:
+        UserError: if there is none.
+    """
+    lacking = {}
+    for name, cfg in metrics.items():
+        asked = needs(cfg)
+        if "img2" in asked and not truth:
+            lacking[name] = "it compares with true images: give GT"
+        elif "lq" in asked and not degraded:
+            lacking[name] = "it compares with the degraded images: give --input"
+    left = {name: cfg for name, cfg in metrics.items() if name not in lacking}
+    if not left:
+        raise UserError("; ".join(f"metric {name}: {reason}" for name, reason in lacking.items()))
+    return left, lacking
 
 
 def default_metrics(truth: bool, degraded: bool) -> list[str]:

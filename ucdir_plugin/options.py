@@ -567,6 +567,12 @@ def check_metric(cfg: Mapping[str, Any], where: str) -> None:
     for name in known:
         if parameters[name].default is inspect.Parameter.empty and name not in cfg:
             raise UserError(f"option {where}:{name} is missing ({cfg['type']} needs it)")
+    border = cfg.get("crop_border", 0)
+    if isinstance(border, bool) or not isinstance(border, int) or border < 0:
+        raise UserError(f"option {where}:crop_border: a whole number of pixels, 0 or more, is expected, got {border!r}")
+    for key, choices in (("input_order", ("HWC", "CHW")), ("convert_to", ("y", "gray"))):  # of BasicSR's metrics
+        if key in cfg and cfg[key] not in choices:
+            raise UserError(f"option {where}:{key}: {cfg[key]!r} is not known: take {' or '.join(choices)}")
     if not _is_own(target):
         return
     check_call(target, {k: v for k, v in cfg.items() if k != "type"}, where, len(parameters) - len(known), own=True)

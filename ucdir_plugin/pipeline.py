@@ -95,7 +95,9 @@ def read_record(stem: str) -> Optional[Dict[str, Any]]:
     with contextlib.suppress(OSError, ValueError), open(f"{stem}.json", encoding="utf-8") as file:
         record = json.load(file)
         if isinstance(record, dict) and {"input", "outputs", "settings"} <= record.keys():
-            return record
+            outputs = record["outputs"]
+            if isinstance(outputs, list) and outputs and all(isinstance(name, str) for name in outputs):
+                return record
     return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, t
 
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.files import write_atomically
@@ -26,7 +26,7 @@ CONFIDENCE = 0.95
 """Of all intervals."""
 
 ENOUGH_IMAGES = 5
-"""For an interval: of two images' mean it would be the two values themselves, which holds half the time and not 95%."""
+"""For an interval; resamples of fewer say nothing about how far the mean can be off."""
 
 # UCDIR's, then what BIR-D has besides.
 _ORDER = ["lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim", "consistency", "loe", "pi", "nrqm", "seam_score"]
@@ -34,7 +34,10 @@ COLUMN_ORDER = [f"calculate_{name}" for name in _ORDER]
 
 
 def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]:
-    """95% interval of the mean by the bootstrap over images (percentiles of 2000 resamples, seed 0).
+    """95% interval of the mean by the bootstrap over images (5000 resamples, seed 0).
+
+    Percentiles, farther out for few images (the expanded percentile interval of Hesterberg, The American Statistician
+    2015): plain ones are too narrow then.
 
     Args:
         values: one per image; None, where not measured, is left out.
@@ -45,13 +48,15 @@ def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]
     measured = np.array([v for v in values if v is not None], dtype=float)
     if len(measured) < ENOUGH_IMAGES or not np.isfinite(measured).all():
         return None
+    n = len(measured)
+    tail = norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - CONFIDENCE) / 2, n - 1))
     found = bootstrap(
         (measured,),
         np.mean,
-        n_resamples=2000,
-        confidence_level=CONFIDENCE,
+        n_resamples=5000,
+        confidence_level=1 - 2 * tail,
         method="percentile",
-        batch=max(1, 2**22 // len(measured)),
+        batch=max(1, 2**22 // n),
         random_state=0,
     ).confidence_interval
     return float(found.low), float(found.high)
@@ -82,7 +87,11 @@ class Results:
     def summary(self) -> dict[str, dict[str, Optional[float]]]:
         """Stage -> metric -> mean over the images, or the value of the set; None where it cannot be measured."""
         found = means(self.rows)
-        return {s: {**v, **{m: r["value"] for m, r in self.sets.get(s, {}).items()}} for s, v in found.items()}
+        return {
+            stage: {**found.get(stage, {}), **{m: r["value"] for m, r in self.sets.get(stage, {}).items()}}
+            for stage in dict.fromkeys((s for row in self.rows for s in row["metrics"]), None)
+            | dict.fromkeys(self.sets)
+        }
 
     def measured(self) -> dict[str, dict[str, int]]:
         """Stage -> metric -> number of images that the mean is over."""
@@ -110,7 +119,7 @@ def write_text(text: str, path: str) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    write_atomically(text.encode("utf-8"), path)
+    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names of files need not be UTF-8
 
 
 def means(rows: list[Row]) -> dict[str, dict[str, Optional[float]]]:
@@ -148,8 +157,8 @@ def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
 
 
 def escaped(name: str) -> str:
-    """A file's name as Markdown text: it may hold what ends a cell or begins markup."""
-    return re.sub(r"([|*`<\\])", r"\\\1", name)
+    """A file's name as Markdown text: it may hold what ends a cell or a line, or begins markup."""
+    return re.sub(r"([|*`<&\[\\])", r"\\\1", " ".join(name.split()))
 
 
 def remarks(results: Results) -> list[str]:
@@ -239,24 +248,31 @@ def read_results(path: str | os.PathLike) -> tuple[Results, dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-        rows = [
-            {
-                "image": str(row["image"]),
-                "metrics": {s: {m: _number(v) for m, v in values.items()} for s, values in row["metrics"].items()},
-                "files": dict(row.get("files") or {}),
-            }
-            for row in data["images"]
-        ]
+        rows = []
+        for row in data["images"]:
+            values = {s: {m: _number(v) for m, v in found.items()} for s, found in row["metrics"].items()}
+            rows.append({"image": _text(row["image"]), "metrics": values})
+            if row.get("files"):
+                rows[-1]["files"] = {kind: _text(name) for kind, name in row["files"].items()}
         sets = {s: {m: {**r, "value": _number(r["value"])} for m, r in f.items()} for s, f in data["sets"].items()}
+        for stamp in data["protocols"].values():
+            for key in ("name", "type", "better"):
+                _text(stamp[key])
         return Results(rows, dict(data["protocols"]), sets, dict(data["unavailable"])), dict(data["about"])
     except OSError as err:
         raise UserError(f"{path} cannot be read: {err.strerror}") from err
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:
-        raise UserError(f"{path} is no metrics_*.json of tools/test.py or tools/evaluate.py") from err
+        raise UserError(f"{path} is no metrics_*.json of tools/test.py or tools/evaluate.py, or is damaged") from err
 
 
 def _number(value: Any) -> Optional[float]:
-    return None if value is None else float(value)
+    return None if value is None or math.isnan(float(value)) else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def columns(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, list[Optional[str]]]]:

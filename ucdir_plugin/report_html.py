@@ -32,9 +32,8 @@ def window(pictures: Pictures, side: int = SIDE) -> tuple[slice, slice]:
     h, w = min(height, side), min(width, side)
     top, left = (height - h) // 2, (width - w) // 2
     if (h, w) != (height, width) and len(sizes) > 1 and sizes[-1] == sizes[-2]:
-        first, second = list(pictures.values())[-2:]
-        difference = cv2.absdiff(first, second)
-        difference = difference.astype(np.float32).mean(2) if difference.ndim == 3 else difference.astype(np.float32)
+        first, second = (image if image.ndim == 3 else image[..., None] for image in list(pictures.values())[-2:])
+        difference = np.abs(first.astype(np.float32) - second).mean(2)
         sums = cv2.integral(difference, sdepth=cv2.CV_64F)
         step = max(1, side // 16)
         tops, lefts = (np.unique(np.r_[0 : n - m + 1 : step, n - m]) for n, m in ((height, h), (width, w)))
@@ -68,7 +67,7 @@ class Store:
         self.folder = Path(folder)
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        return self.folder / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:32]}.npz"
 
     def keep(self, key: str, pictures: Pictures) -> None:
         size = np.array(list(pictures.values())[-1].shape[:2])
@@ -165,12 +164,17 @@ def write_report(
     stages = list(summary)
     data = {
         "title": " on ".join(str(about[k]) for k in ("name", "dataset") if about.get(k)) or "Report",
-        "about": "; ".join(f"{k} {v}" for k, v in about.items() if k not in ("name", "dataset") and v is not None),
+        "about": "; ".join(
+            f"{k} {os.path.basename(str(v).rstrip('/'))}"  # pages are passed on: no folders of this machine
+            for k, v in about.items()
+            if k not in ("name", "dataset") and v is not None
+        ),
         "stages": stages,
         "metrics": [
             {
                 "key": metric,
                 "better": results.protocols.get(metric, {}).get("better"),
+                "of_input": results.protocols.get(metric, {}).get("reference") == "input",
                 "how": protocol.describe(results.protocols[metric]) if metric in results.protocols else "",
             }
             for metric in results.metrics()

@@ -110,7 +110,7 @@ class Conditioned:
         self.inner = (..., slice(border, border + height), slice(border, border + width))
         with autocast():
             self._initial = _predict(net, lq, options, empty)
-        self.grid = _grid(*lq.shape[-2:], options, _stride(net))
+        self.grid = grid_of(net, height, width, options)
         self.denoiser: Optional[samplers.Denoiser] = None
         if self.grid is None:
             self.denoiser = self._whole(lq, self._initial, condition)
@@ -243,7 +243,7 @@ def plan(net: UCDIR, height: int, width: int, options: SamplingOptions) -> Plan:
     """What sampling an image of this size once will cost."""
     nfe = samplers.SAMPLERS[options.sampler].nfe(options.steps)
     padded = height + 2 * options.border, width + 2 * options.border
-    grid = _grid(*padded, options, _stride(net))
+    grid = grid_of(net, height, width, options)
     patches, ratio = (1, 1.0) if grid is None else (len(grid.tiles), grid.computed_ratio)
     return Plan(nfe, patches, ratio, nfe * round(ratio * padded[0] * padded[1]))
 
@@ -255,26 +255,15 @@ def check_tiles(net: UCDIR, options: SamplingOptions) -> None:
         UserError: if ``tile`` and ``overlap`` do not suit the network's stride.
     """
     if options.tile is not None:
-        side = 2 * (options.tile + options.border)
-        _grid(side, side, options, _stride(net))
+        grid_of(net, 2 * options.tile, 2 * options.tile, options)
 
 
-def _stride(net: UCDIR) -> int:
-    return getattr(net.denoise_fn, "stride", 1)
-
-
-def _longest_whole(options: SamplingOptions) -> int:
-    """Side up to which an image with its border is one patch: for a border's sake none is split."""
-    return options.tile + (2 * options.border if options.grid == "aligned" else 0)
-
-
-def _grid(height: int, width: int, options: SamplingOptions, stride: int) -> Optional[tiling.Grid]:
-    """The patches of an image (with its border) that is larger than one."""
-    if options.tile is None or max(height, width) <= _longest_whole(options):
+def grid_of(net: UCDIR, height: int, width: int, options: SamplingOptions) -> Optional[tiling.Grid]:
+    """The patches of an image of this size, over it and its border; None if it is sampled whole."""
+    if options.tile is None:
         return None
-    if options.grid == "released":
-        return tiling.Grid.released(height, width, options.tile, options.overlap)
-    return tiling.Grid.aligned(height, width, options.tile, options.overlap, stride)
+    stride = getattr(net.denoise_fn, "stride", 1)
+    return tiling.grid_of(height, width, options.tile, options.overlap, stride, options.border, options.grid)
 
 
 def _predict(
@@ -283,7 +272,7 @@ def _predict(
     if net.predictor is None:
         return empty(tuple(lq.shape), device=lq.device).zero_()
     radius = getattr(net.predictor, "receptive_field", None)
-    if options.tile is None or radius is None or max(lq.shape[-2:]) <= _longest_whole(options):
+    if options.tile is None or radius is None or max(lq.shape[-2:]) <= options.tile + 2 * options.border:
         return net.predict(lq).float()
     stride = net.predictor.stride
     least = 2 * radius + 2 * stride  # at which a patch keeps something

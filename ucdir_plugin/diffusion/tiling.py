@@ -143,6 +143,34 @@ class Grid:
                 yield patches[i : i + tile_batch]
 
 
+def grid_of(
+    height: int, width: int, tile: int, overlap: int, stride: int = 1, border: int = 0, kind: str = "aligned"
+) -> Optional[Grid]:
+    """The patches of an image that is sampled with a border; None for one that is a single patch.
+
+    Args:
+        height, width: of the image without its border.
+        border: pixels around the image, over which the grid lies too. An aligned grid splits none for its sake alone.
+        kind: ``aligned`` or ``released``.
+    """
+    longest = max(height, width) + (0 if kind == "aligned" else 2 * border)
+    if longest <= tile:
+        return None
+    size = height + 2 * border, width + 2 * border
+    if kind == "aligned":
+        return Grid.aligned(*size, tile, overlap, stride)
+    return Grid.released(*size, tile, overlap)
+
+
+def borders_in_image(grid: Grid, height: int, width: int, border: int = 0) -> Tuple[List[int], List[int]]:
+    """``grid.borders`` as rows and columns of the image within its border."""
+    rows, columns = (
+        [at - border for at in borders if 0 < at - border < size]
+        for borders, size in zip(grid.borders, (height, width))
+    )
+    return rows, columns
+
+
 def _check(tile: int, overlap: int, stride: int) -> None:
     at_least_one(tile=tile, stride=stride)
     if tile < stride:

@@ -6,7 +6,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from ucdir_plugin.diffusion.tiling import Grid
+from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.errors import NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described
 from ucdir_plugin.registry import register
@@ -55,7 +55,7 @@ def calculate_seam_score(
     overlap: int = 64,
     grid: str = "aligned",
     stride: int = 1,
-    border: int = 0,
+    border: int = 8,
     better: str = "lower",
 ) -> float:
     """:func:`seam_score` at the borders of the patches that ``val: sampling:`` of the same ``tile``, ... makes.
@@ -63,7 +63,7 @@ def calculate_seam_score(
     Args:
         img: (H, W) or (H, W, C).
         stride: of the denoiser, to which the aligned grid is rounded (UCDIRDenoiser: 2 ** (levels - 1)).
-        border: ``val: sampling: border``; the grid is laid over the image with it.
+        border: ``val: sampling: border``, of the same default; the grid is laid over the image with it.
         better: for BasicSR, which hands it over; changes nothing.
 
     Raises:
@@ -72,16 +72,11 @@ def calculate_seam_score(
     """
     if grid not in ("aligned", "released"):
         raise UserError(f"seam score: there is no grid {grid!r}; known: aligned, released")
-    height, width = (size + 2 * border for size in img.shape[:2])
-    if max(height, width) <= tile:
+    height, width = img.shape[:2]
+    made = tiling.grid_of(height, width, tile, overlap, stride, border, grid)
+    if made is None:
         raise NotMeasurable(f"the image is one patch of {tile}")
-    if grid == "aligned":
-        made = Grid.aligned(height, width, tile, overlap, stride)
-    else:
-        made = Grid.released(height, width, tile, overlap)
-    rows, columns = (
-        [at - border for at in borders if 0 < at - border < size] for borders, size in zip(made.borders, img.shape)
-    )
+    rows, columns = tiling.borders_in_image(made, height, width, border)
     try:
         return seam_score(img, rows, columns)
     except ValueError as err:
