@@ -64,7 +64,9 @@ def test_train_then_test_gives_the_same_table(workplace):
     assert done.returncode == 0, done.stderr
     results = workplace.folder / "results" / "tiny"
     tables = [json.loads((folder / "metrics_val.json").read_text()) for folder in (run, results)]
+    files = [[row.pop("files") for row in table["images"]] for table in tables]
     assert tables[0]["images"] == tables[1]["images"]
+    assert files[1] == [{**found, "restored": f"visualization/val/{os.path.basename(found['truth'])[:-4]}_tiny.png"} for found in files[0]]  # fmt: skip
     assert tables[0]["mean"] == tables[1]["mean"]
     assert (run / "metrics_val.md").read_text() == (results / "metrics_val.md").read_text()
     assert (results / "metrics_val.md").read_text() in done.stdout
