@@ -11,8 +11,14 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.data.preparation import gopro_tasks, make_lmdb, prepare
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.data.preparation import (
+    add_pair_arguments,
+    check_pair_arguments,
+    gopro_tasks,
+    make_pair_lmdbs,
+    prepare,
+)
+from ucdir_plugin.errors import run_cli
 
 PAIRS = {"train": 2103, "test": 1111}
 
@@ -21,15 +27,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="the folder GOPRO_Large, with train and test in it")
     parser.add_argument("--out", default=os.path.join("datasets", "GoPro"), help="default: %(default)s")
-    parser.add_argument("--crop", type=int, help="cut training pairs into squares of so many pixels")
-    parser.add_argument("--step", type=int, help="from one square to the next (default: half of --crop)")
-    parser.add_argument("--lmdb", action="store_true", help="LMDBs of the training pairs, train/lq.lmdb and gt.lmdb")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    add_pair_arguments(parser)
     args = parser.parse_args()
-    if args.step and not args.crop:
-        raise UserError("--step goes with --crop")
-    if any(value is not None and value < 1 for value in (args.crop, args.step)):
-        raise UserError("--crop and --step must be at least 1")
+    check_pair_arguments(args)
     code = 0
     for part in PAIRS:
         crop = args.crop if part == "train" else None
@@ -38,8 +38,7 @@ def main() -> int:
         complete = "complete" if pairs == PAIRS[part] else f"the official set has {PAIRS[part]}"
         print(f"{part}: {pairs} pairs ({complete})", flush=True)
     if args.lmdb and not code:
-        for kind in ("lq", "gt"):
-            make_lmdb(os.path.join(args.out, "train", kind))
+        make_pair_lmdbs(args.out)
     return code
 
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.data.preparation import make_lmdb, prepare, sid_tasks
+from ucdir_plugin.data.preparation import add_pair_arguments, check_pair_arguments, make_pair_lmdbs, prepare, sid_tasks
 from ucdir_plugin.errors import UserError, run_cli
 from ucdir_plugin.files import write_atomically
 
@@ -23,15 +23,11 @@ def main() -> int:
     parser.add_argument("--out", default=os.path.join("datasets", "SID"), help="default: %(default)s")
     parser.add_argument("--ratio", type=float, help="only pairs of this exposure ratio: 100, 250 or 300 (default: all)")
     parser.add_argument("--bits", type=int, choices=[8, 16], default=16, help="of the PNGs (default: %(default)s)")
-    parser.add_argument("--crop", type=int, help="cut training pairs into squares of so many pixels")
-    parser.add_argument("--step", type=int, help="from one square to the next (default: half of --crop)")
-    parser.add_argument("--lmdb", action="store_true", help="LMDBs of the training pairs, train/lq.lmdb and gt.lmdb")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    add_pair_arguments(parser)
     args = parser.parse_args()
-    if args.step and not args.crop:
-        raise UserError("--step goes with --crop")
-    if any(value is not None and value <= 0 for value in (args.crop, args.step, args.ratio)):
-        raise UserError("--crop, --step and --ratio must be above 0")
+    check_pair_arguments(args)
+    if args.ratio is not None and args.ratio <= 0:
+        raise UserError(f"--ratio must be above 0, got {args.ratio:g}")
     code = 0
     for part in ("train", "test"):
         list_file = os.path.join(args.source, f"Sony_{part}_list.txt")
@@ -42,8 +38,7 @@ def main() -> int:
         write_atomically(table.encode(), os.path.join(folder, "ratios.csv"))
         print(f"{part}: {pairs} pairs", flush=True)
     if args.lmdb and not code:
-        for kind in ("lq", "gt"):
-            make_lmdb(os.path.join(args.out, "train", kind))
+        make_pair_lmdbs(args.out)
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -45,7 +46,12 @@ def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]
     Returns:
         (low, high); None for fewer than :data:`ENOUGH_IMAGES` values, or where one is infinite.
     """
-    measured = np.array([v for v in values if v is not None], dtype=float)
+    return _interval(tuple(v for v in values if v is not None))
+
+
+@functools.lru_cache(maxsize=1024)  # tables of each kind, and the page, ask for the same
+def _interval(values: tuple[float, ...]) -> Optional[tuple[float, float]]:
+    measured = np.array(values, dtype=float)
     if len(measured) < ENOUGH_IMAGES or not np.isfinite(measured).all():
         return None
     n = len(measured)

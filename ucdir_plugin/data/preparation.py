@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -16,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ucdir_plugin.data.raw import develop, read_pairs
-from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.errors import UserError, WriteError, at_least_one
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.imageio import image_size, list_images, read_photo
 
@@ -166,6 +167,30 @@ def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | 
 
 
 _GOPRO = {"blur": "lq", "sharp": "gt"}
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the scripts for data sets of pairs have in common on their command lines."""
+    parser.add_argument("--crop", type=int, help="cut training pairs into squares of so many pixels")
+    parser.add_argument("--step", type=int, help="from one square to the next (default: half of --crop)")
+    parser.add_argument("--lmdb", action="store_true", help="LMDBs of the training pairs, train/lq.lmdb and gt.lmdb")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+
+
+def check_pair_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: for values that make no sense.
+    """
+    if args.step and not args.crop:
+        raise UserError("--step goes with --crop")
+    at_least_one(**{f"--{key}": getattr(args, key) for key in ("crop", "step") if getattr(args, key) is not None})
+
+
+def make_pair_lmdbs(out: str) -> None:
+    """BasicSR's LMDBs of the training pairs below ``out``."""
+    for kind in ("lq", "gt"):
+        make_lmdb(os.path.join(out, "train", kind))
 
 
 def make_lmdb(folder: str) -> None:

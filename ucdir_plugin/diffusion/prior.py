@@ -6,6 +6,7 @@ the variance returns twice the channels: eps, then v (Improved DDPM, arXiv 2102.
 
 from __future__ import annotations
 
+import abc
 from typing import Callable, Optional
 
 import numpy as np
@@ -20,7 +21,7 @@ DDPM = NoiseSchedule.linear(1000, 1e-4, 0.02)
 """The schedule of DDPM and of OpenAI's networks."""
 
 
-class Prior:
+class Prior(abc.ABC):
     """What every prior has; subclasses say what it predicts.
 
     Attributes:
@@ -49,6 +50,7 @@ class Prior:
         """The largest noise that it knows, of x_t / sqrt(alpha_bar) on the scale of [0, 1] images."""
         return float((1 / self.schedule.alpha_bar[-1] - 1) ** 0.5 / 2)
 
+    @abc.abstractmethod
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Predicted noise.
 
@@ -59,7 +61,6 @@ class Prior:
         Returns:
             eps (B, C, H, W), or eps and v (B, 2 C, H, W); a new tensor.
         """
-        raise NotImplementedError
 
 
 def _column(level: torch.Tensor) -> torch.Tensor:
