@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from ucdir_plugin.diffusion import bird, guidance, samplers
+from ucdir_plugin.diffusion import bird, guidance, samplers, tasks
 from ucdir_plugin.diffusion import kernel as steps
-from ucdir_plugin.diffusion.bird import PRESETS, TASKS, Settings, Solver, ablation, log_sigma_schedule, preset
+from ucdir_plugin.diffusion.bird import Solver, log_sigma_schedule
 from ucdir_plugin.diffusion.degradation import BlockMean, ChannelMean, Degradation, HoleMask, Operator, start_kernel
 from ucdir_plugin.diffusion.guidance import AdaptiveScale, FixedScale, LineSearch, Observation
 from ucdir_plugin.diffusion.noise import normal
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior
+from ucdir_plugin.diffusion.tasks import PRESETS, TASKS, Settings, ablation, preset
 from ucdir_plugin.diffusion.tiling import receptive_field
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.sampling import image_noise
@@ -563,4 +564,4 @@ def test_a_hole_mask_of_a_batch_and_gray_observations():
     found = solver(gray, settings, "colorize").run()
     assert found.image.shape == (1, 3, 16, 16)
     assert isinstance(found.observations[0].degradation.operator, ChannelMean)
-    assert bird.task_named("hdr").mask
+    assert tasks.task_named("hdr").mask
