@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ucdir_plugin.diffusion import bird, guidance, samplers, tasks
+from ucdir_plugin.diffusion import guidance, samplers, tasks
 from ucdir_plugin.diffusion import kernel as steps
 from ucdir_plugin.diffusion.bird import Solver, log_sigma_schedule
 from ucdir_plugin.diffusion.degradation import BlockMean, ChannelMean, Degradation, HoleMask, Operator, start_kernel
