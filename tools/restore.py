@@ -2,9 +2,11 @@
 
 python tools/restore.py -opt options/demo_ucdir.yml -i photo.jpg -o restored/
 python tools/restore.py --model mine.safetensors -i photos/ -o restored/ --sampler ddim --steps 20
+python tools/restore.py --model bird --task deblur -i blurred.jpg -o restored/
 
 Any size works: images larger than --tile are restored in patches, in little more memory than the image itself takes.
 Beside each result NAME.png, NAME.json says how it was made. Results that are there already are kept (--overwrite).
+BIR-D (--model bird) restores without training, with an image prior; NAME.learned.png shows the degradation it found.
 """
 
 import argparse
@@ -12,14 +14,19 @@ import sys
 
 from ucdir_plugin.errors import UserError, run_cli
 
+BIRD = ("task", "prior", "preset", "noise", "mask")
+"""Options that are keys of ``bird:``."""
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-opt", metavar="FILE.yml", help="option file; what it trained last is used, or --weights")
-    which.add_argument("--model", metavar="FILE", help="model file (.safetensors), made by tools/convert_weights.py")
-    add("-i", "--input", required=True, help="image, or folder with images in it and below")
+    which.add_argument(
+        "--model", metavar="FILE", help="model file (.safetensors), made by tools/convert_weights.py; or bird"
+    )
+    add("-i", "--input", help="image, or folder with images in it and below")
     add("-o", "--output", required=True, help="folder for the results; for one image also a .png or .jpg file")
     add("--weights", metavar="FILE", help="weights for -opt (.pth, .safetensors)")
     add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
@@ -27,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("--spacing", help="of the steps: respace (uniform), trailing, quadratic")
     add("--tile", type=int, help="longest side of a patch (default: the option file's, else 1024); 0: images whole")
     add("--overlap", type=int, help="pixels dropped at each inner border of a patch (default: the file's, else 64)")
-    add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of the option file's val:sampling")
+    add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of val:sampling, or of bird:settings")
     add("--seed", type=int, help="the same seed gives the same results (default: the option file's manual_seed)")
     add("--samples", type=int, default=1, metavar="K", help="K results, their mean, and a map of their spread")
     add(
@@ -38,6 +45,15 @@ def parse_args() -> argparse.Namespace:
         help="prediction + L * residual: 0 smooth .. 1 detailed (default)",
     )
     add("--condition", nargs="+", metavar="NAME=VALUE", default=[], help="what the network is told of the images")
+    bird = parser.add_argument_group("BIR-D")
+    bird.add_argument("--task", help="blind, deblur, motion, sr4, inpaint, colorize, lowlight, hdr or multi")
+    bird.add_argument("--prior", help="ffdnet (default), a folder of diffusers, or a file of weights")
+    bird.add_argument("--preset", help="default, guided, paper, released or gdp")
+    bird.add_argument("--noise", type=float, metavar="SIGMA", help="of the input, of 255 (default: 2)")
+    bird.add_argument(
+        "--observations", nargs="+", metavar="FILE", help="of one scene, instead of -i or beside it; or folders of them"
+    )
+    bird.add_argument("--mask", metavar="FILE", help="picture of the holes (white), for inpaint; or a folder of them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="in which the networks compute; fp16 on CUDA only")
     add("--overwrite", action="store_true", help="restore also what has been restored before")
@@ -50,6 +66,12 @@ def main() -> int:
     args = parse_args()
     if args.weights and not args.opt:
         raise UserError("--weights goes with -opt; a model file has its weights in it")
+    source, bird = args.input, {k: v for k in BIRD if (v := getattr(args, k)) is not None}
+    if args.observations:
+        first, *others = [source, *args.observations] if source else args.observations
+        source, bird["observations"] = first, others or None
+    if not source:
+        raise UserError("-i is missing: an image, or a folder with images in it")
     from ucdir_plugin import memory, restorer
     from ucdir_plugin.options import read_assignments
     from ucdir_plugin.pipeline import restore_files
@@ -60,13 +82,13 @@ def main() -> int:
         if getattr(args, key) is not None:
             sampling[key] = getattr(args, key)
     model = restorer.load_model(
-        args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling
+        args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
     )
     for name, text in model.notes.items():
         print(f"{model.about['model']}: {name}: {text}")
     return restore_files(
         model,
-        args.input,
+        source,
         args.output,
         seed=args.seed,
         samples=args.samples,

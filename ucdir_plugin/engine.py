@@ -330,7 +330,8 @@ def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, 
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
     opt = setup(args, is_train=False)
-    find_weights(opt, args.force_yml or [])
+    if "network_g" in opt:
+        find_weights(opt, args.force_yml or [])
     sets = build_sets(opt, ("val", "test"))
     if not sets:
         raise UserError("option datasets: there is no val or test dataset")
@@ -341,7 +342,7 @@ def test(args: argparse.Namespace) -> int:
     if opt["dist"]:
         dist.barrier()
     logger = start_log(opt, "test")
-    weights = opt["path"]["pretrain_network_g"]
+    weights, failed = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0
     logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
     for test_set in sets:
         name = test_set.opt["name"]
@@ -352,6 +353,9 @@ def test(args: argparse.Namespace) -> int:
         pictures = report_html.Store(os.path.join(root, f".pictures_{name}"))
         try:
             results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
+            failed += len(results.failed)
+            if not results.rows:
+                raise UserError(f"none of the {len(test_set)} images of {name} could be restored: the log says why")
             if opt["rank"] == 0:
                 stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
                 about = {"name": opt["name"], "dataset": name, "weights": weights}
@@ -366,4 +370,4 @@ def test(args: argparse.Namespace) -> int:
         finally:
             if opt["rank"] == 0:
                 pictures.remove()
-    return 0
+    return 1 if failed else 0

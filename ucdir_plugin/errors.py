@@ -19,6 +19,10 @@ class UserError(Exception):
         return text.rsplit("UserError: ", 1)[-1]
 
 
+class ImageError(UserError):
+    """One image cannot be restored; others can."""
+
+
 class NotAvailable(UserError):
     """Something optional, a package or a file of weights, is not there; the message says how to get it.
 

@@ -84,6 +84,7 @@ class Evaluation:
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, dict] = {}
         self._rows: list[report.Row] = []
+        self._failed: dict[str, str] = {}
         # (network, patch size, crop) -> stage -> image -> features of the result's patches and of the truth's
         self._features: dict[tuple, dict[str, dict[str, tuple]]] = {}
         for name, given in metrics.items():
@@ -100,7 +101,7 @@ class Evaluation:
         twin.protocols, twin.unavailable, twin._metrics = (
             dict(d) for d in (self.protocols, self.unavailable, self._metrics)
         )
-        twin._rows, twin._features = [], {}
+        twin._rows, twin._features, twin._failed = [], {}, {}
         return twin
 
     def _drop(self, name: str, reason: NotAvailable) -> None:
@@ -152,14 +153,20 @@ class Evaluation:
         for stage, image in fitting.items():
             found.setdefault(stage, {})[key] = (distances.patch_features(image, **kwargs), of_truth)
 
+    def fail(self, key: str, reason: str) -> None:
+        """An image that could not be restored: it is in no table and no mean, and said."""
+        get_root_logger().warning(f"failed: {reason}" if reason.startswith(key) else f"failed: {key}: {reason}")
+        self._failed[key] = reason
+
     def share(self) -> dict[str, Any]:
         """What another process needs to :meth:`merge` this one's measurements; for pickling."""
-        return {"rows": self._rows, "features": self._features, "unavailable": self.unavailable}
+        return {"rows": self._rows, "features": self._features, "failed": self._failed, "unavailable": self.unavailable}
 
     def merge(self, shares: Sequence[Mapping[str, Any]]) -> None:
         """Take over the measurements of others, of other images. What one of them could not measure is dropped."""
         for share in shares:
             self._rows = self._rows + share["rows"]
+            self._failed.update(share["failed"])
             for source, stages in share["features"].items():
                 for stage, images in stages.items():
                     self._features.setdefault(source, {}).setdefault(stage, {}).update(images)
@@ -180,7 +187,8 @@ class Evaluation:
                 for stage, images in self._features.get(_source(cfg), {}).items():
                     pairs = [images[key] for key in sorted(images)]
                     sets.setdefault(stage, {})[name] = distances.summary(distances.SETS[cfg["type"]], pairs)
-        return report.Results(rows, self.protocols, sets, self.unavailable)
+        failed = {key: self._failed[key] for key in sorted(self._failed)}
+        return report.Results(rows, self.protocols, sets, self.unavailable, failed)
 
 
 def _with_folder(cfg: Mapping[str, Any], weights_dir: Optional[str]) -> dict[str, Any]:

@@ -288,6 +288,36 @@ class DatasetOptions(_Schema):
     persistent_workers: bool = False
 
 
+class FirstStageOptions(_Schema):
+    """What another restorer makes of the image first: a model, or images that are there already."""
+
+    model: Optional[str] = None
+    weights: Optional[str] = None
+    images: Optional[str] = None
+    use: Literal["start", "target", "both"] = "start"
+
+
+class BirdOptions(_Schema):
+    """BIR-D: the task, the prior, and what differs from the preset."""
+
+    task: str = "blind"
+    prior: str = "ffdnet"
+    network: Optional[Dict[str, Any]] = None  # of a prior's file that does not say what it is
+    preset: str = "default"
+    ablation: Optional[Literal["A", "B", "C", "D"]] = None
+    noise: Optional[float] = Field(None, ge=0, le=255)  # of y, of 255
+    blur: Optional[Dict[str, Any]] = None
+    settings: Dict[str, Any] = Field(default_factory=dict)
+    observations: Optional[List[str]] = None
+    mask: Optional[str] = None
+    holes: Literal["white", "black"] = "white"
+    first_stage: Optional[FirstStageOptions] = None
+    tile: Optional[NotNegativeInt] = None  # None: as the prior was trained, else 1024; 0: images whole
+    overlap: Optional[NotNegativeInt] = None
+    tile_batch: PositiveInt = 1
+    merge: Literal["drop", "blend"] = "drop"
+
+
 class Options(_Schema):
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     model_type: str
@@ -295,7 +325,8 @@ class Options(_Schema):
     num_gpu: Union[Literal["auto"], NotNegativeInt] = "auto"
     manual_seed: Optional[Int] = 0
     datasets: Dict[str, DatasetOptions] = Field(default_factory=dict)  # none: to restore files only
-    network_g: _Typed
+    network_g: Optional[_Typed] = None
+    bird: Optional[BirdOptions] = None
     path: PathOptions = PathOptions()
     train: Optional[TrainOptions] = None
     val: ValOptions = ValOptions()
@@ -315,7 +346,7 @@ _ONLY = {
     "RawPairDataset": {"meta_info_file", "ratio"},
 }
 _MEANINGLESS = {name: {"color", "mean", "std"}.union(*_ONLY.values()) - own for name, own in _ONLY.items()}
-_KNOWN_MODELS = {"UCDIRModel"}
+_KNOWN_MODELS = {"UCDIRModel", "BIRDModel"}
 
 
 def _fields_at(loc: tuple) -> List[str]:
@@ -468,6 +499,37 @@ def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
             del train[key]
 
 
+def _check_bird(opt: dict, raw: Mapping[str, Any]) -> None:
+    """What BIRDModel has no use for, and what the keys of ``bird`` say together; sets ``scale`` to the task's."""
+    from ucdir_plugin.diffusion.tasks import preset, task_named
+
+    for key in ("network_g", "diffusion", "train", "compile"):
+        if raw.get(key):
+            raise UserError(f"option {key} has no meaning for BIRDModel, which restores without training; remove it")
+    if (raw.get("val") or {}).get("sampling"):
+        raise UserError("option val:sampling has no meaning for BIRDModel: bird:settings says how it samples")
+    del opt["network_g"]
+    opt["bird"] = opt["bird"] or BirdOptions().model_dump()
+    bird = opt["bird"]
+    try:
+        task = task_named(bird["task"])
+        preset(bird["preset"])
+    except UserError as err:
+        raise UserError(f"option bird: {err}") from err
+    if bird["mask"] is not None and not task.holes:
+        raise UserError(f"option bird:mask: only the task inpaint has holes, not {bird['task']}; remove it")
+    if bird["network"] is not None:
+        check_registered("arch", {"type": "ADMUNet", **bird["network"]}, "bird:network")
+    stage = bird["first_stage"]
+    if stage is not None and (stage["model"] is None) == (stage["images"] is None):
+        raise UserError("option bird:first_stage: give model (an option or model file) or images (a folder)")
+    if stage is not None and stage["weights"] is not None and stage["model"] is None:
+        raise UserError("option bird:first_stage:weights go with model")
+    if raw.get("scale", task.factor) != task.factor:
+        raise UserError(f"option scale: {bird['task']} makes images {task.factor} times as large; remove scale")
+    opt["scale"] = task.factor
+
+
 def _merge(given: Mapping, checked: Mapping) -> dict:
     """The checked values and defaults, and beside them what a foreign model or dataset has of its own."""
     merged = dict(given)
@@ -486,7 +548,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a mapping of options is expected")
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
-    own_model = raw.get("model_type") in _KNOWN_MODELS
+    blind, own_model = raw.get("model_type") == "BIRDModel", raw.get("model_type") == "UCDIRModel"
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:
         checked = Options.model_validate_json(_to_json(raw, where)).model_dump()
@@ -500,7 +562,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             if loc[0] == "datasets" and len(loc) > 2:
                 kind = datasets[loc[1]].get("type") if isinstance(datasets.get(loc[1]), dict) else None
                 return kind not in _MEANINGLESS
-            return not own_model
+            return raw.get("model_type") not in _KNOWN_MODELS
 
         faults = [e for e in err.errors() if not foreign(e)]
         if faults:
@@ -514,6 +576,14 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     opt["datasets"] = {p: {k: v for k, v in d.items() if v is not None} for p, d in opt["datasets"].items()}
     try:
         registry.lookup("model", opt["model_type"], "option model_type")
+        if blind:
+            _check_bird(opt, raw)
+        else:
+            for key, missing in (("network_g", True), ("bird", False)):
+                if (opt[key] is None) == missing:
+                    fault = "is missing" if missing else f"is for BIRDModel, not for {opt['model_type']}"
+                    raise UserError(f"option {key} {fault}")
+            del opt["bird"]
         for key, cfg in opt.items():
             if key.startswith("network_"):
                 check_registered("arch", cfg, key)
@@ -545,7 +615,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             if not own_model:
                 _drop_own(opt["train"], raw["train"], opt["model_type"])
         _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
-        if not own_model:
+        if blind:
+            del opt["diffusion"], opt["val"]["sampling"], opt["compile"]
+        elif not own_model:
             if opt["network_g"].get("conditions"):
                 raise UserError(f"option network_g:conditions is for UCDIRModel; {opt['model_type']} gives none")
             if opt["compile"]:
@@ -609,10 +681,14 @@ def read_yaml_file(path: str) -> dict:
     return raw
 
 
-def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
+def read_options(path: str, above: Tuple[str, ...] = ()) -> dict:
     """An option file on top of the one that it names as ``_base_``, relative to its own folder (as in MMEngine).
 
     Mappings are merged; where both have a ``type`` and it differs, the file's own replaces that of the base.
+    Nothing is checked yet.
+
+    Raises:
+        UserError: if a file cannot be read.
     """
     if os.path.realpath(path) in above:
         raise UserError(f"option file {path}: it is its own _base_")
@@ -622,7 +698,7 @@ def _read_file(path: str, above: Tuple[str, ...] = ()) -> dict:
         return raw
     if not isinstance(base, str):
         raise UserError(f"{path}: _base_: the path of one option file is expected, got {base!r}")
-    return _on_top(_read_file(os.path.join(os.path.dirname(path), base), (*above, os.path.realpath(path))), raw)
+    return _on_top(read_options(os.path.join(os.path.dirname(path), base), (*above, os.path.realpath(path))), raw)
 
 
 def _on_top(base: dict, changes: dict) -> dict:
@@ -641,7 +717,7 @@ def option_text(path: str) -> str:
         text = file.read()
     if "_base_" not in read_yaml_file(path):
         return text
-    return f"# {path} on top of its _base_\n{yaml.safe_dump(_read_file(path), sort_keys=False)}"
+    return f"# {path} on top of its _base_\n{yaml.safe_dump(read_options(path), sort_keys=False)}"
 
 
 def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
@@ -650,6 +726,6 @@ def load_options(path: str, overrides: Optional[List[str]] = None, is_train: boo
     Raises:
         UserError: if it is missing, no plain YAML, or has a fault.
     """
-    raw = _read_file(path)
+    raw = read_options(path)
     apply_overrides(raw, overrides)
     return check_options(raw, is_train, os.path.basename(path))

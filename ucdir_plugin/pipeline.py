@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+
+if TYPE_CHECKING:
+    from ucdir_plugin.blind import BlindRestorer
+
+Model = Union[Restorer, "BlindRestorer"]
 
 
 class Job(NamedTuple):
@@ -136,6 +141,12 @@ class _Results:
         self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
         write_atomically(content, self.hidden[name])
 
+    def keep(self, content: bytes, suffix: str) -> None:
+        """A file beside the image, NAME + suffix with its extension."""
+        name = f"{self.name}{suffix}"
+        self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
+        write_atomically(content, self.hidden[name])
+
     def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]], say: Callable[[str], None]) -> None:
         if self.fault is not None:
             return
@@ -197,7 +208,7 @@ class _Bar:
 
 
 def restore_files(
-    model: Restorer,
+    model: Model,
     source: str,
     target: str,
     *,
@@ -235,7 +246,7 @@ def restore_files(
     if scratch is not None and model.device.type != "cpu":
         raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
-    settings = model.settings(seed, samples, blend, condition)
+    settings = model.record_settings(seed, samples, blend, condition)
     records = {job: read_record(job.stem) for job in jobs}
     skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
@@ -251,7 +262,7 @@ def restore_files(
             every.append(results)
             try:
                 if not overwrite:
-                    _keep_foreign(results, records[job], samples)
+                    _keep_foreign(results, records[job], samples, model.beside)
                 record = _restore_one(
                     model, job, results, writer, bar, seed, samples, blend, condition, max_pixels, empty
                 )
@@ -279,7 +290,7 @@ def restore_files(
 
 
 def _restore_one(
-    model: Restorer,
+    model: Model,
     job: Job,
     results: _Results,
     writer: _Writer,
@@ -298,6 +309,7 @@ def _restore_one(
         _check_memory(model, job, samples)
     photo = imageio.read_photo(job.path, max_pixels)
     imageio.check_output(results.extension, photo, model.scale)
+    photo = model.like(photo)
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
     # Of the pixels only shape and type are still needed.
@@ -311,14 +323,19 @@ def _restore_one(
         condition=condition,
         empty=empty,
         progress=bar.bar.update,
-        callback=lambda step, x_t, x0: bar.step(step, model.options.steps),
+        callback=lambda step, x_t, x0: bar.step(step, model.steps),
     )
     record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     moments = Moments()
     for number, result in enumerate(drawn.samples, 1):
         if samples > 1:
             moments.add(result)
-        writer.submit(results.write, result, photo, f"_sample{number}" if samples > 1 else "")
+        suffix = f"_sample{number}" if samples > 1 else ""
+        writer.submit(results.write, result, photo, suffix)
+        learned = drawn.learned()
+        if learned is not None:
+            for more, content in learned.files().items():
+                writer.submit(results.keep, content, f"{suffix}{more}")
     if samples > 1:
         writer.submit(results.write, moments.mean, photo, "_mean")
         spread = moments.spread
@@ -336,7 +353,7 @@ def _restore_one(
     return record
 
 
-def _check_memory(model: Restorer, job: Job, samples: int) -> None:
+def _check_memory(model: Model, job: Job, samples: int) -> None:
     need, free = model.state_bytes(*job.size, samples), memory.available()
     if free is not None and need > free:
         raise UserError(
@@ -354,13 +371,17 @@ def _reason(err: Exception) -> str:
     return f"{type(err).__name__}: {text}"
 
 
-def _keep_foreign(results: _Results, record: Optional[Dict[str, Any]], samples: int) -> None:
+def _keep_foreign(
+    results: _Results, record: Optional[Dict[str, Any]], samples: int, beside: Sequence[str] = ()
+) -> None:
     """
     Raises:
         UserError: if a file that no record claims is where a result would go.
     """
-    suffixes = [*(f"_sample{i + 1}" for i in range(samples)), "_mean", "_spread"] if samples > 1 else [""]
-    names = [*(f"{results.name}{suffix}{results.extension}" for suffix in suffixes), f"{results.name}.json"]
+    numbered = [f"_sample{i + 1}" for i in range(samples)] if samples > 1 else [""]
+    suffixes = [*numbered, *(("_mean", "_spread") if samples > 1 else ())]
+    names = [f"{results.name}{suffix}{results.extension}" for suffix in suffixes]
+    names += [f"{results.name}{number}{more}" for number in numbered for more in beside] + [f"{results.name}.json"]
     ours = [*record["outputs"], names[-1]] if record else []
     for name in names:
         if name not in ours and os.path.exists(os.path.join(results.folder, name)):

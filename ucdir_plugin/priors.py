@@ -66,12 +66,16 @@ def load_adm(
     if not isinstance(net, ADMUNet):
         raise UserError(f"prior {path}: {type(net).__name__} is no ADMUNet")
     weights.load_state_dict(net, state, path)
-    return network_prior(_ready(net, device), schedule or NoiseSchedule.linear(1000, 1e-4, 0.02))
+    prior = network_prior(_ready(net, device), schedule or NoiseSchedule.linear(1000, 1e-4, 0.02))
+    prior.file = path
+    return prior
 
 
 def denoiser_prior(net: nn.Module, sigma_max: float) -> DenoiserPrior:
     """The prior of a network called as ``net(noisy, sigma)`` in [0, 1], such as :class:`FFDNet`."""
-    return DenoiserPrior(net, sigma_max, stride=getattr(net, "stride", 1))
+    prior = DenoiserPrior(net, sigma_max, stride=getattr(net, "stride", 1))
+    prior.receptive_field = getattr(net, "receptive_field", None)
+    return prior
 
 
 def load_ffdnet(path: Optional[str] = None, device: torch.device | str = "cpu") -> DenoiserPrior:
@@ -95,7 +99,9 @@ def load_ffdnet(path: Optional[str] = None, device: torch.device | str = "cpu") 
             )
     net = FFDNet()
     weights.load_state_dict(net, weights.read_checkpoint(path), path)
-    return denoiser_prior(_ready(net, device), FFDNET_SIGMA)
+    prior = denoiser_prior(_ready(net, device), FFDNET_SIGMA)
+    prior.file = path
+    return prior
 
 
 def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPrior:
@@ -136,7 +142,7 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
         raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err
     ready = _ready(net, device)
     size = config.get("sample_size")
-    return NetworkPrior(
+    prior = NetworkPrior(
         _sample_of(ready),
         schedule,
         prediction,
@@ -144,6 +150,8 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
         stride=2 ** (len(config["block_out_channels"]) - 1),
         size=size if isinstance(size, int) else None,
     )
+    prior.file = os.path.join(here, "diffusion_pytorch_model.safetensors")
+    return prior
 
 
 def _sample_of(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -83,12 +83,14 @@ class Results:
         protocols: metric -> stamp (:mod:`ucdir_plugin.metrics.protocol`).
         sets: stage -> metric of a set (FID, KID) -> :func:`ucdir_plugin.metrics.distances.summary`.
         unavailable: metric -> why it is not available, and what to do.
+        failed: image -> why it could not be restored.
     """
 
     rows: list[Row]
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
     sets: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Optional[float]]]:
         """Stage -> metric -> mean over the images, or the value of the set; None where it cannot be measured."""
@@ -175,6 +177,7 @@ def remarks(results: Results) -> list[str]:
         for metric, count in counts.items()
         if count < len(results.rows)
     ]
+    lines += [f"failed, in no mean: {escaped(key)}: {reason}" for key, reason in results.failed.items()]
     for found in results.sets.values():
         for metric, result in found.items():
             lines += [f"{metric}: {w}." for w in [*result["warnings"], *filter(None, [result.get("reason")])]]
@@ -218,9 +221,9 @@ def markdown_table(results: Results) -> str:
 def as_data(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     """What metrics_*.json holds; infinities (PSNR of equal images) as the text 'inf', since JSON has none.
 
-    ``about``: given; ``protocols``, ``sets``, ``unavailable``: as in :class:`Results`; ``mean``: stage -> metric ->
-    mean over the images; ``interval``: of that mean, [low, high] or null; ``measured``: number of images in it;
-    ``images``: the rows.
+    ``about``: given; ``protocols``, ``sets``, ``unavailable``, ``failed``: as in :class:`Results`; ``mean``: stage ->
+    metric -> mean over the images; ``interval``: of that mean, [low, high] or null; ``measured``: number of images in
+    it; ``images``: the rows.
     """
     return finite(
         {
@@ -231,6 +234,7 @@ def as_data(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
             "measured": results.measured(),
             "sets": results.sets,
             "unavailable": results.unavailable,
+            "failed": results.failed,
             "images": results.rows,
         }
     )
@@ -264,7 +268,8 @@ def read_results(path: str | os.PathLike) -> tuple[Results, dict[str, Any]]:
         for stamp in data["protocols"].values():
             for key in ("name", "type", "better"):
                 _text(stamp[key])
-        return Results(rows, dict(data["protocols"]), sets, dict(data["unavailable"])), dict(data["about"])
+        failed = dict(data.get("failed", {}))
+        return Results(rows, dict(data["protocols"]), sets, dict(data["unavailable"]), failed), dict(data["about"])
     except OSError as err:
         raise UserError(f"{path} cannot be read: {err.strerror}") from err
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as err:

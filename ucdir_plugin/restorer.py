@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -25,8 +25,18 @@ from ucdir_plugin.archs.padding import pad_for, size_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError, at_least_one
-from ucdir_plugin.options import SamplingOptions, ScheduleOptions, load_options, sampling_options
+from ucdir_plugin.options import (
+    SamplingOptions,
+    ScheduleOptions,
+    check_options,
+    load_options,
+    read_options,
+    sampling_options,
+)
 from ucdir_plugin.registry import build_arch
+
+if TYPE_CHECKING:
+    from ucdir_plugin.blind import BlindRestorer, Learned
 
 TILE = 1024
 """Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
@@ -43,10 +53,12 @@ class Drawn(NamedTuple):
     Attributes:
         initial: gives the initial prediction, None without diffusion.
         samples: each is computed when it is asked for.
+        learned: what BIR-D found besides with the last sample; None of others.
     """
 
     initial: Callable[[], Optional[torch.Tensor]]
     samples: Iterator[torch.Tensor]
+    learned: Callable[[], Optional[Learned]] = lambda: None
 
 
 @dataclass
@@ -199,7 +211,21 @@ class Restorer:
         tensors += 3 * (samples > 1)  # mean, spread, and the sample that is being written
         return tensors * 3 * 4 * height * width * (self.scale**2 if not self.diffusion else 1)
 
-    def settings(
+    @property
+    def steps(self) -> int:
+        """Of sampling."""
+        return self.options.steps
+
+    @property
+    def beside(self) -> List[str]:
+        """Ends of the names of further files that an image gives."""
+        return []
+
+    def like(self, photo: imageio.Photo) -> imageio.Photo:
+        """The kind of photo that the result is: this one's."""
+        return photo
+
+    def record_settings(
         self,
         seed: Optional[int] = None,
         samples: int = 1,
@@ -244,23 +270,31 @@ def load_model(
     device: str = "auto",
     dtype: Optional[str] = None,
     sampling: Optional[Mapping[str, Any]] = None,
-) -> Restorer:
-    """Build a network and load its weights.
+    bird: Optional[Mapping[str, Any]] = None,
+) -> Union[Restorer, BlindRestorer]:
+    """Build a network and load its weights; or load the prior of BIR-D.
 
     Args:
-        model: an option file (.yml) of any model with a ``network_g``, or a file (.safetensors) written by
+        model: ``bird``, an option file (.yml) of any model with a ``network_g``, or a file (.safetensors) written by
             tools/convert_weights.py, which has its options in it.
         weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
             the working directory, else its ``path: pretrain_network_g``.
         device: auto, cpu, cuda or cuda:N.
         dtype: fp32, bf16 or fp16 (CUDA only) for the networks. Default: the model's ``amp``, else fp32.
         sampling: replaces keys of the option file's ``val: sampling``, e.g. ``{"sampler": "ddim", "steps": 10, "tile":
-            512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything.
+            512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything. For BIR-D they are
+            keys of ``bird: settings``.
+        bird: for BIR-D, replaces keys of the option file's ``bird``, e.g. ``{"task": "deblur", "prior": "ffdnet"}``.
 
     Raises:
         UserError: one line that names what is wrong.
     """
     chosen, notes = choose_device(device), {}
+    found = _blind(model, weights_file, dtype, sampling or {}, bird or {})
+    if found is not None:
+        from ucdir_plugin import blind
+
+        return blind.from_options(found, chosen)
     if model.endswith(".safetensors"):
         if weights_file is not None:
             raise UserError(f"{model} has its weights in it: leave out {weights_file}")
@@ -301,6 +335,32 @@ def load_model(
     return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about, notes)
 
 
+def _blind(
+    model: str, weights_file: Optional[str], dtype: Optional[str], sampling: Mapping[str, Any], bird: Mapping[str, Any]
+) -> Optional[dict]:
+    """The options of BIR-D, if it is what ``model`` names."""
+    of_bird = model == "bird"
+    if model.endswith((".yml", ".yaml")):
+        of_bird = read_options(model).get("model_type") == "BIRDModel"
+    if not of_bird:
+        if bird:
+            raise UserError(f"{next(iter(bird))} is for BIR-D, which {model} is not: take --model bird")
+        return None
+    if weights_file is not None or dtype is not None:
+        what = "weights" if weights_file is not None else "dtype"
+        raise UserError(
+            f"{what} has no meaning for BIR-D: --prior names the network, bird:network says how it computes"
+        )
+    from ucdir_plugin import blind
+
+    raw = {"name": model, "model_type": "BIRDModel"} if model == "bird" else read_options(model)
+    base = raw.get("bird") or {}
+    if bird.get("task", base.get("task")) != base.get("task"):
+        raw.pop("scale", None)
+    raw["bird"] = blind.merged({**base, **bird}, sampling)
+    return check_options(raw, is_train=False, where=os.path.basename(model))
+
+
 def _sampling(
     opt: dict, given: Dict[str, Any], dtype: Optional[str], diffusion: bool, timesteps: int, name: str
 ) -> SamplingOptions:
@@ -330,6 +390,7 @@ class Restored:
         image: the result; the mean of the samples if there are several.
         initial: the initial prediction; None for a network without diffusion.
         samples: each sample; one in all for ``samples=1``.
+        learned: of BIR-D: kernel, mask and how they came about (:class:`ucdir_plugin.blind.Learned`); else None.
         spread: (H, W) standard deviation of the samples, root mean square over the channels; None for one sample.
         info: settings, versions, seconds, network passes.
     """
@@ -339,6 +400,7 @@ class Restored:
     samples: List[np.ndarray]
     spread: Optional[np.ndarray]
     info: Dict[str, Any]
+    learned: Optional[Learned] = None
 
 
 class Moments:
@@ -390,7 +452,7 @@ def _to_array(image: torch.Tensor, gray: bool) -> np.ndarray:
 
 def restore(
     image: Union[str, os.PathLike, np.ndarray],
-    model: Restorer,
+    model: Union[Restorer, BlindRestorer],
     *,
     seed: Optional[int] = None,
     samples: int = 1,
@@ -416,6 +478,7 @@ def restore(
     else:
         photo = imageio.read_photo(os.fspath(image), max_pixels)
         key = os.path.basename(image) if key is None else key
+    photo = model.like(photo)
     started = time.perf_counter()
     memory.reset_peak(model.device)
     height, width = photo.pixels.shape[:2]
@@ -425,7 +488,7 @@ def restore(
         moments.add(result)
         found.append(_to_array(result[0], photo.gray))
     info = {
-        "settings": model.settings(seed, samples, blend, condition),
+        "settings": model.record_settings(seed, samples, blend, condition),
         **cost(model, height, width, samples, blend),
         "seconds": time.perf_counter() - started,
         "peak_memory": memory.peak(model.device),
@@ -439,10 +502,11 @@ def restore(
         found,
         moments.spread[0, 0].cpu().numpy() if samples > 1 else None,
         info,
+        drawn.learned(),
     )
 
 
-def cost(model: Restorer, height: int, width: int, samples: int, blend: float) -> Dict[str, Any]:
+def cost(model: Union[Restorer, BlindRestorer], height: int, width: int, samples: int, blend: float) -> Dict[str, Any]:
     """Network passes over the image and its patches, for the record."""
     plan = model.plan(height, width)
     nfe = plan.nfe * samples if blend or not model.diffusion else 0

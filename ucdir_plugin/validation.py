@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ucdir_plugin import report
+from ucdir_plugin.errors import ImageError
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.files import write_atomically
 
@@ -94,7 +95,11 @@ def validate(
         for data in bar:
             key = sample_key(data, dataset_opt)
             model.feed_data({**data, "key": [key]})
-            model.test()
+            try:
+                model.test()
+            except ImageError as err:
+                evaluation.fail(key, str(err))
+                continue
             visuals = model.get_current_visuals()
             images = {name: tensor2img([visuals[name]]) for name in (*STAGES, "gt") if name in visuals}
             truth = images.pop("gt", None)
@@ -102,6 +107,9 @@ def validate(
             files = _files(data)
             if save_img:
                 files.update(_write_pictures(opt, dataset_opt["name"], key, images, truth, current_iter))
+                for suffix, content in (model.result_files() if hasattr(model, "result_files") else {}).items():
+                    folder = os.path.join(opt["path"]["visualization"], f"{dataset_opt['name']}_learned")
+                    write_atomically(content, os.path.join(folder, f"{os.path.splitext(key)[0]}{suffix}"))
             evaluation.add(key, stages, truth, images.get("lq"), files)
             if keep:
                 keep(key, stages if truth is None else {**stages, "truth": truth})

@@ -158,7 +158,7 @@ class Solver:
         if len(shapes) > 1:
             sizes = " and ".join(f"{s[-1]}x{s[-2]}" for s in sorted(shapes))
             raise UserError(f"observations of one scene must have one size, these give scenes of {sizes}")
-        self.guess = torch.stack([self._brightened(o) for o in self.observations]).mean(0)
+        self.guess = self._joined()
         if start is not None:
             self.guess = self._enlarge(start)
             if self.guess.shape != self.observations[0].guess.shape:
@@ -195,6 +195,19 @@ class Solver:
         if self.settings.start == "noise" or bool((gain - 1).abs().max() < 1e-3):
             return observation.guess
         return ((observation.guess + 1) / gain.clamp(min=1e-3) - 1).clamp(-1, 1)
+
+    def _joined(self) -> torch.Tensor:
+        """A guess at the scene from all observations, each the more the brighter it is, as its noise matters less."""
+        if len(self.observations) == 1:
+            return self._brightened(self.observations[0])
+        total = weights = 0
+        for o in self.observations:
+            weight = o.degradation.kernel.sum((2, 3, 4)).mean(1).square().view(-1, 1, 1, 1)
+            seen = o.degradation.operator.observed(o.y)
+            if seen is not None and seen.shape[-2:] == o.y.shape[-2:]:
+                weight = weight * self._enlarge(seen.expand(len(o.y), 1, *seen.shape[-2:]).clamp(min=1e-6))
+            total, weights = total + weight * self._brightened(o), weights + weight
+        return total / weights
 
     def _enlarge(self, image: torch.Tensor) -> torch.Tensor:
         border = self.border

@@ -12,12 +12,16 @@ from typing import Callable, Dict, Literal, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from scipy.fft import next_fast_len
 
 from ucdir_plugin.diffusion.noise import generator
 from ucdir_plugin.errors import UserError, at_least_one
 
 Padding = Literal["reflect", "zeros", "valid"]
 PADDINGS = ("reflect", "zeros", "valid")
+FFT_SIZE = 5
+"""Side of the smallest kernel that is applied by FFT where it is applied often."""
+
 KERNEL_STARTS = ("delta", "gaussian", "edges", "random")
 
 
@@ -46,6 +50,15 @@ class Operator:
     def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
         """A simple guess at x from y, to start from: (B, c, h, w) -> (B, channels, H, W)."""
         return y
+
+    def adjoint(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Its adjoint, by automatic differentiation: v like y -> like x (B, C, H, W), which says the shape."""
+        with torch.enable_grad():
+            point = torch.zeros_like(x).requires_grad_()
+            y = self(point)
+        if y is point:
+            return lambda v: v
+        return lambda v: torch.autograd.grad(y, point, v, retain_graph=True)[0]
 
 
 class BlockMean(Operator):
@@ -311,6 +324,41 @@ class Degradation:
             y = self.linear()(point)
 
         return lambda v: torch.autograd.grad(y, point, v, retain_graph=True)[0]
+
+    def maps(self, x: torch.Tensor) -> Tuple[Callable, Callable]:
+        """The linear part and its adjoint, for many images like x: blurs by FFT, their kernel's transform kept.
+
+        Args:
+            x: (B, C, H, W), which says shape and type.
+
+        Returns:
+            image -> like y, and like y -> image.
+        """
+        if self.kernel.shape[2] != 1 or self.padding == "reflect" or self.size < FFT_SIZE:
+            return self.linear(), self.adjoint(x)
+        (h, w), half = x.shape[-2:], self.size // 2
+        inset = 0 if self.padding == "valid" else half  # zeros: the border is made of them
+        out = (h + 2 * inset - 2 * half, w + 2 * inset - 2 * half)
+        if min(out) < 1:
+            return self.linear(), self.adjoint(x)
+        grid = tuple(next_fast_len(s + 2 * inset, real=True) for s in (h, w))
+        transform = torch.fft.rfft2(self.kernel[:, :, 0].to(x), s=grid)
+
+        def filtered(v: torch.Tensor, by: torch.Tensor, inset: int, size: Sequence[int]) -> torch.Tensor:
+            v = F.pad(v, (inset, grid[1] - inset - v.shape[-1], inset, grid[0] - inset - v.shape[-2]))
+            return torch.fft.irfft2(torch.fft.rfft2(v) * by, s=grid)[..., : size[0], : size[1]]
+
+        operator = self.operator
+        lift = operator.adjoint(x.new_zeros(*x.shape[:2], *out))
+
+        def forward(v: torch.Tensor) -> torch.Tensor:
+            return operator(filtered(v, transform.conj(), inset, out))  # a correlation, see convolve
+
+        def adjoint(v: torch.Tensor) -> torch.Tensor:
+            full = filtered(lift(v), transform, 0, (h + 2 * inset, w + 2 * inset))
+            return full[..., inset : inset + h, inset : inset + w]
+
+        return forward, adjoint
 
     def residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """D(x) - y, zero where nothing was observed."""

@@ -257,8 +257,9 @@ def _colour_gradient(image: torch.Tensor) -> torch.Tensor:
 class Proximal:
     """x_0 <- argmin |D(x) - y|^2 + rho |x - x_0|^2 by conjugate gradients (DiffPIR, arXiv 2305.08995, eq. 12).
 
-    rho = lambda sigma_e^2 / sigma^2 with sigma_e = max(sigma_n, c_e sigma): while K is not known yet, its error counts
-    as noise of the data, which falls with that of the process.
+    rho = lambda sigma_e^2 / sigma^2 with sigma_e = max(sigma_n, c_e |K|_1 sigma): while K is not known yet, its error
+    counts as noise of the data, which falls with that of the process; of a dark image (low light) it is as much
+    smaller as the image is. Of several observations each has its own rho.
 
     Args:
         weight: lambda.
@@ -273,28 +274,33 @@ class Proximal:
     iterations: int = 10
 
     def error(self, sigma: float) -> float:
-        """sigma_e."""
+        """sigma_e of a kernel of sum 1."""
         return max(self.noise, self.kernel_error * sigma)
+
+    def _rho(self, degradation: Degradation, sigma: float) -> torch.Tensor:
+        """(B, 1, 1, 1)"""
+        gain = degradation.kernel.abs().sum((2, 3, 4)).mean(1)
+        return self.weight * _image((self.kernel_error * gain).clamp(min=self.noise / sigma).square())
 
     def __call__(self, x0: torch.Tensor, observations: Sequence[Observation], level: Level) -> Guided:
         image = (x0 + 1) / 2
-        rho = self.weight * (self.error(level.sigma) / level.sigma) ** 2
         parts = []
         right = torch.zeros_like(image)
         losses = []
         for observation in observations:
             degradation, y = observation.degradation, torch.stack(observation.targets).mean(0)
-            adjoint, seen = degradation.adjoint(image), degradation.operator.observed(y)
-            parts.append((degradation.linear(), adjoint, seen))
+            (linear, adjoint), seen = degradation.maps(image), degradation.operator.observed(y)
+            weight = 1 / self._rho(degradation, level.sigma).clamp(min=1e-12)
+            parts.append((linear, adjoint, seen, weight))
             residual = degradation.residual(image, y)
             losses.append((residual.square().flatten(1).sum(1) / degradation.count(y)).unsqueeze(0))
-            right = right - adjoint(residual)
+            right = right - weight * adjoint(residual)
 
         def normal(v: torch.Tensor) -> torch.Tensor:
-            total = rho * v
-            for linear, adjoint, seen in parts:
+            total = v
+            for linear, adjoint, seen, weight in parts:
                 image = linear(v)
-                total = total + adjoint(image if seen is None else image * seen)
+                total = total + weight * adjoint(image if seen is None else image * seen)
             return total
 
         step = conjugate_gradients(normal, right, self.iterations)

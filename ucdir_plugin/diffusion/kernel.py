@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import List, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from ucdir_plugin.diffusion.degradation import Degradation, project_simplex
 from ucdir_plugin.errors import UserError
@@ -36,6 +37,8 @@ class Gradient:
         rate: l_K; stable below 2 / lambda_max of the loss, see :meth:`bound`. None: half of it, of each image.
         mask_rate: l_M; 0 leaves the mask as it is.
         mask_per_pixel: multiply dL/dM by the number of pixels: as the loss is a mean, a rate of 1 would hardly move it.
+        mask_sigma: smooth the mask's step by a Gaussian of so many pixels: a mask free at each pixel takes details of
+            the image over. 0: free.
         simplex: keep K non-negative with sum 1. Its gain and the image's brightness are interchangeable otherwise.
         iterations: gradient steps in one step of the reverse process.
     """
@@ -43,13 +46,14 @@ class Gradient:
     rate: Optional[float] = None
     mask_rate: float = 0.0
     mask_per_pixel: bool = True
+    mask_sigma: float = 0.0
     simplex: bool = True
     iterations: int = 1
 
     learns = True
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("mask_rate", self.mask_rate)):
+        for name, value in (("rate", self.rate), ("mask_rate", self.mask_rate), ("mask_sigma", self.mask_sigma)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"kernel step: {name} must be a number of at least 0, got {value}")
         if self.iterations < 1:
@@ -93,8 +97,24 @@ class Gradient:
             kernel = project_simplex(kernel)
         if moves:
             factor = mask.shape[-2] * mask.shape[-1] if self.mask_per_pixel else 1
-            mask = mask - self.mask_rate * factor * grads["mask"].mean(0)
+            step = grads["mask"].mean(0)
+            if self.mask_sigma:
+                step = gaussian_smooth(step, self.mask_sigma)
+            mask = mask - self.mask_rate * factor * step
         return degradation.learned(kernel, mask)
+
+
+def gaussian_smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A Gaussian of ``sigma`` pixels, up to 3 sigma, the image mirrored at its edges: (B, C, H, W) -> the same."""
+    for dim in (-2, -1):
+        half = min(math.ceil(3 * sigma), x.shape[dim] - 1)
+        taps = torch.exp(-torch.arange(-half, half + 1, device=x.device, dtype=x.dtype).square() / (2 * sigma**2))
+        weight = (taps / taps.sum()).view(1, 1, -1, 1) if dim == -2 else (taps / taps.sum()).view(1, 1, 1, -1)
+        pads = (0, 0, half, half) if dim == -2 else (half, half, 0, 0)
+        b, c, h, w = x.shape
+        padded = F.pad(x, pads, mode="reflect")
+        x = F.conv2d(padded.view(b * c, 1, *padded.shape[-2:]), weight).view(b, c, h, w)
+    return x
 
 
 @dataclass(frozen=True)

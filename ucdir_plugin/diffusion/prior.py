@@ -31,7 +31,12 @@ class Prior(abc.ABC):
         stride: sizes of patches should be its multiples.
         size: side of the images that it was trained with, where that matters; larger ones are taken in patches of it.
         generates: it can start from pure noise.
+        receptive_field: how far it looks, where that is known: patches that overlap by it equal the whole.
+        file: its weights, for the record; set by who loads them.
     """
+
+    receptive_field: Optional[int] = None
+    file: Optional[str] = None
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Paper: Taming Generative Diffusion Prior for Universal Blind Image Restoration, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Dict, Literal, Optional, Tuple, Union
+from typing import Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -134,8 +134,14 @@ PRESETS: Dict[str, Settings] = {
 LEAST_SQUARES_SIZE = 15
 """Of a kernel that least squares estimate: a size that is too small for a motion loses most of the gain."""
 
+SATURATED = 0.98
+"""From here on, of [0, 1], a pixel of an exposure may have been brighter."""
+
 GRAY_WORLD = 0.5
 """Mean brightness that a dark image is supposed to have had, for the gain to start from."""
+
+MASK_SIGMA = 8.0
+"""Pixels over which the mask of low light and HDR is smooth."""
 
 GDP_SCALES = {"sr4": 2000.0, "inpaint": 4000.0, "lowlight": 80000.0}
 """Guidance scales of GDP where they are not 6000."""
@@ -173,7 +179,7 @@ def preset(name: str, task: Optional[str] = None) -> Settings:
     if name == "guided" and (found.holes or not found.simplex):
         settings = replace(settings, kernel_start="delta")
     if name in ("default", "guided") and not found.simplex:
-        settings = replace(settings, kernel=kernel.Gradient(mask_rate=0.05, simplex=False))
+        settings = replace(settings, kernel=kernel.Gradient(mask_rate=0.05, mask_sigma=MASK_SIGMA, simplex=False))
     if isinstance(settings.kernel, kernel.LeastSquares):
         settings = replace(settings, kernel_size=LEAST_SQUARES_SIZE)
     return settings
@@ -213,6 +219,8 @@ class Task:
         factor: of super-resolution.
         gray: A takes the channels' mean.
         holes: A has a hole mask.
+        exposures: observations differ in their exposure: pixels at the upper end of the range tell nothing, but in the
+            darkest one.
     """
 
     blind: bool = True
@@ -223,6 +231,7 @@ class Task:
     factor: int = 1
     gray: bool = False
     holes: bool = False
+    exposures: bool = False
 
     def operator(self, known: Optional[torch.Tensor] = None) -> Operator:
         """A.
@@ -266,6 +275,70 @@ class Task:
         mask = y.new_zeros(len(y), 1, *size) if self.mask else None
         return Degradation(start, mask, operator, settings.padding)
 
+    def degradations(
+        self,
+        observed: Sequence[torch.Tensor],
+        settings: Settings,
+        known: Optional[torch.Tensor] = None,
+        channels: int = 3,
+        key: Tuple = (0,),
+    ) -> List[Degradation]:
+        """:meth:`degradation` of all observations of a scene; those of ``exposures`` are seen together."""
+        found = [self.degradation(y, settings, known, channels, (*key, i)) for i, y in enumerate(observed)]
+        if not self.exposures or len(found) == 1 or settings.kernel_start == "random":
+            return found
+        images = [(y + 1) / 2 for y in observed]
+        gains, told = exposure_gains(images), unsaturated(images)
+        found = [
+            replace(d, kernel=d.kernel / d.kernel.sum((3, 4), keepdim=True) * gain.view(-1, 1, 1, 1, 1), operator=op)
+            for d, gain, op in zip(found, gains, map(HoleMask, told))
+        ]
+        return found
+
+
+def unsaturated(images: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Which pixels of exposures (B, C, H, W) in [0, 1] are below the upper end of the range, (B, 1, H, W) each.
+
+    Of the darkest exposure of each scene all are taken: no other knows more.
+    """
+    darkest = torch.stack([image.flatten(1).mean(1) for image in images]).argmin(0)
+    found = []
+    for number, image in enumerate(images):
+        below = image.amax(1, keepdim=True) < SATURATED
+        found.append((below | (darkest == number).view(-1, 1, 1, 1)).float())
+    return found
+
+
+def exposure_gains(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How bright each exposure is, beside a scene that is as bright as the one nearest to middle gray.
+
+    Exposures that are neighbours in brightness are compared (least squares), where neither is near an end of the range.
+    A scene of which more than 1 % would be too bright for [0, 1] is darker then, to at most half.
+
+    Args:
+        images: (B, C, H, W) in [0, 1], of one scene each.
+
+    Returns:
+        (O, B)
+    """
+    count, batch = len(images), len(images[0])
+    gains = torch.ones(count, batch, dtype=torch.float64)
+    for b in range(batch):
+        one = [image[b].double().cpu() for image in images]
+        order = sorted(range(count), key=lambda i: float(one[i].mean()))
+        for dark, bright in zip(order, order[1:]):
+            both = (one[dark] > 0.02) & (one[bright] < 0.95)
+            if int(both.sum()) < 16:
+                both = torch.ones_like(both)
+            x, y = one[dark][both], one[bright][both]
+            gains[bright, b] = gains[dark, b] * float((x * y).sum() / (x * x).sum().clamp(min=1e-12))
+        middle = min(order, key=lambda i: abs(float(one[i].mean()) - GRAY_WORLD))
+        gains[:, b] = gains[:, b] / gains[middle, b]
+        darkest = one[order[0]].amax(0) / gains[order[0], b]
+        highlight = float(darkest.flatten().kthvalue(max(1, round(0.99 * darkest.numel()))).values)
+        gains[:, b] *= min(max(highlight, 1.0), 2.0)
+    return gains.to(images[0])
+
 
 TASKS: Dict[str, Task] = {
     "blind": Task(),
@@ -275,7 +348,7 @@ TASKS: Dict[str, Task] = {
     "inpaint": Task(blind=False, holes=True),
     "colorize": Task(blind=False, gray=True),
     "lowlight": Task(kernel_size=5, simplex=False, mask=True),
-    "hdr": Task(kernel_size=5, simplex=False, mask=True),
+    "hdr": Task(kernel_size=5, simplex=False, mask=True, exposures=True),
     "multi": Task(gray=True),
 }
 

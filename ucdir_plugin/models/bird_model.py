@@ -1,0 +1,76 @@
+"""BIR-D under BasicSR: tools/test.py restores a data set with it, and measures."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from basicsr.models.base_model import BaseModel
+from basicsr.models.sr_model import SRModel
+
+from ucdir_plugin.errors import ImageError, UserError
+from ucdir_plugin.registry import register
+
+
+@register("model")
+class BIRDModel(SRModel):
+    """Restores with a diffusion prior that nobody trained for it (BIR-D); it cannot be trained.
+
+    Option keys besides BasicSR's: ``bird``, see options/bird/blind.yml.
+    """
+
+    def __init__(self, opt: dict):
+        BaseModel.__init__(self, opt)
+        from ucdir_plugin import blind  # not needed to import the package
+
+        if self.is_train:
+            raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
+        self.restorer = blind.from_options(opt, self.device)
+        self.weights = self.restorer.prior.file
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take an image: ``lq`` (1, 3, h, w) in [0, 1] and ``key``; perhaps ``gt``, ``observations``, ``known``.
+
+        ``observations`` are further ones of the same scene, ``known`` (1, 1, h, w) is 0 in holes.
+        """
+        self.lq = data["lq"]
+        self.__dict__.pop("gt", None)
+        if "gt" in data:
+            self.gt = data["gt"]
+        self.more, self.known = list(data.get("observations", [])), data.get("known")
+        self.keys = list(data["key"]) if "key" in data else [str(p) for p in data.get("lq_path", [""] * len(self.lq))]
+
+    def test(self) -> None:
+        """Restore: sets ``output`` (B, 3, H, W) in [0, 1], ``initial`` (the guess it starts from) and ``learned``.
+
+        Raises:
+            ImageError: if this image cannot be restored.
+        """
+        from ucdir_plugin.blind import learned_of
+
+        work = self.restorer
+        try:
+            more, known = (
+                work.companions(self.keys[0], tuple(self.lq.shape[-2:])) if len(self.keys) == 1 else ([], None)
+            )
+            more, known = self.more or more, known if self.known is None else self.known
+            first = work.first_stage(self.keys[0], self.lq)
+            result = work.solve([self.lq, *more], self.keys, known=known, first=first)
+        except UserError as err:
+            raise ImageError(str(err)) from err
+        lost = next((reason for reason in result.failed if reason is not None), None)
+        if lost is not None:
+            raise ImageError(lost)
+        self.initial = first if first is not None else work.guess(self.lq, known)
+        self.output = (result.image + 1) / 2
+        self.learned = [learned_of(result, i) for i in range(len(self.keys))]
+
+    def get_current_visuals(self) -> OrderedDict:
+        visuals = super().get_current_visuals()
+        if self.initial is not None:
+            visuals["initial"] = self.initial.detach().cpu()
+        return visuals
+
+    def result_files(self) -> dict[str, bytes]:
+        """What was learned of the one image: suffix of a name -> content."""
+        return self.learned[0].files()
