@@ -21,14 +21,14 @@ def fractions(values):
     return [number for value in values for number in (round(value * 10000), 10000)]
 
 
-def write_dng(path, pixels, pattern=(0, 1, 1, 2), side=2, neutral=(1, 1, 1)):
+def write_dng(path, pixels, pattern=(0, 1, 1, 2), side=2, neutral=(1, 1, 1), more=()):
     """A DNG of a camera whose colours are sRGB's, linear between BLACK and WHITE."""
     tags = [
         (33421, "H", 2, (side, side), True), (33422, "B", len(pattern), tuple(pattern), True),
         (50706, "B", 4, (1, 4, 0, 0), True), (50708, "s", 0, "Test Camera", True),
         (50714, "H", 1, BLACK, True), (50717, "H", 1, WHITE, True), (50721, "2i", 9, tuple(fractions(TO_SRGB)), True),
         (50728, "2I", 3, tuple(fractions(neutral)), True), (50778, "H", 1, 21, True),
-        (271, "s", 0, "Test", True), (272, "s", 0, "Camera", True),
+        (271, "s", 0, "Test", True), (272, "s", 0, "Camera", True), *more,
     ]  # fmt: skip
     tifffile.imwrite(path, pixels, photometric="cfa", extratags=tags, metadata=None, subfiletype=0)
 
@@ -77,6 +77,19 @@ def test_camera_white_balance(tmp_path):
     write_dng(tmp_path / "a.dng", mosaic(gray * np.array([0.5, 1.0, 0.8])), neutral=(0.5, 1.0, 0.8))
     image = raw_files.develop(str(tmp_path / "a.dng")).astype(float)
     assert np.ptp(image.mean((0, 1))) < 0.02 * image.mean()
+
+
+def test_the_cameras_own_picture_is_cut_out_and_upright(tmp_path, linear):
+    """As of SID's Sony, whose files hold 4256x2848 pixels of which the picture is 4240x2832: 2120x1416 at half size."""
+    write_dng(tmp_path / "whole.dng", mosaic(linear))
+    whole = raw_files.develop(str(tmp_path / "whole.dng"))
+    crop = [(50719, "H", 2, (4, 6), True), (50720, "H", 2, (40, 28), True)]  # left, top; width, height
+    for orientation, turns in ((1, 0), (3, 2), (6, 3), (8, 1)):
+        write_dng(tmp_path / "a.dng", mosaic(linear), more=[*crop, (274, "H", 1, orientation, True)])
+        image = raw_files.develop(str(tmp_path / "a.dng"))
+        np.testing.assert_array_equal(image, np.rot90(whole[3:17, 2:22], turns))
+    write_dng(tmp_path / "a.dng", mosaic(linear), more=[crop[0], (50720, "H", 2, (400, 28), True)])  # nonsense
+    assert raw_files.develop(str(tmp_path / "a.dng")).shape == (20, 24, 3)
 
 
 def test_bad_raw_files(tmp_path, linear):
@@ -190,7 +203,7 @@ def test_the_raw_dataset_is_what_is_prepared(sid):
     found = {sample["key"]: sample for sample in raw}
     assert len(found) == len(prepared) == 3
     for sample in prepared:
-        other = found[sample["key"][: -len(".png")]]
+        other = found[sample["key"]]  # the same noise, and results of the same names
         assert (sample["lq"] == other["lq"]).all() and (sample["gt"] == other["gt"]).all()
         assert sample["condition"]["ratio"] == pytest.approx(other["condition"]["ratio"])
     assert len(build_dataset({**opt, "ratio": 100})) == 1 and len(build_dataset({**opt, "ratio": [200, 300]})) == 2

@@ -50,7 +50,8 @@ class RawPairDataset(Dataset):
             gt, lq = paired_random_crop(gt, lq, self.crop, 1, pair.long)
             gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
         condition = {**self.opt.get("condition", {}), "ratio": pair.ratio}
-        return to_sample({"lq": lq, "gt": gt}, {"lq": pair.short, "gt": pair.long}, pair.key, condition)
+        paths = {"lq": pair.short, "gt": pair.long}
+        return to_sample({"lq": lq, "gt": gt}, paths, f"{pair.key}.png", condition)  # as of the prepared image
 
     def __len__(self) -> int:
         return len(self.pairs)
