@@ -113,8 +113,10 @@ def test_gopro(gopro):
     assert len(disk) == len(base) == 24
     for sample, other in zip(disk, base):
         assert np.array_equal(sample["lq"], other["lq"]) and np.array_equal(sample["gt"], other["gt"])
+    shutil.rmtree(gopro.folder / "cut/train/gt.lmdb")  # stopped between the two
     again = gopro.run(*run, "--out", "cut", "--crop", "32", "--step", "16", "--lmdb")
-    assert_one_line_error(again, "lq.lmdb is there already")
+    assert again.returncode == 0 and "lq.lmdb was there" in again.stdout, again.stderr
+    assert (gopro.folder / "cut/train/gt.lmdb").is_dir()
     bad = {"io_backend": {"type": "lmdb"}}
     for kind in ("lq", "gt"):  # both name an image that neither has
         bad[f"dataroot_{kind}"] = shutil.copytree(
@@ -128,6 +130,83 @@ def test_gopro(gopro):
     (gopro.folder / "lq.lmdb" / "data.mdb").write_bytes(b"no")
     with pytest.raises(UserError, match=r"lq.lmdb cannot be read: .*; make it again"):
         build_dataset(bad)
+
+
+def lmdb_of(folder, images):
+    """Images by name, as an LMDB beside their folder; and the dataset's options for the folder and for the LMDB."""
+    for kind in ("lq", "gt"):
+        (folder / kind).mkdir(parents=True)
+        for name, image in images.items():
+            cv2.imwrite(str(folder / kind / name), image)
+        preparation.make_lmdb(str(folder / kind))
+    opt = {"name": "p", "type": "PairedRestorationDataset", "phase": "val", "filename_tmpl": "{}"}
+    return [{**opt, "io_backend": {"type": kind}, **{f"dataroot_{k}": str(folder / f"{k}{end}") for k in ("lq", "gt")}}
+            for kind, end in (("disk", ""), ("lmdb", ".lmdb"))]  # fmt: skip
+
+
+def test_lmdb_of_names_with_dots_and_of_a_dark_first_image(tmp_path):
+    """SID's names have the exposure time in them; BasicSR's guess of the size is ten times the first image."""
+    stream = np.random.default_rng(0)
+    images = {"00001_00_0.04s.png": np.zeros((64, 64, 3), np.uint8)}
+    for i in range(30):
+        images[f"00001_{i:02}_0.1s.png"] = stream.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    (tmp_path / "c.csv").write_text("name,ratio\n" + "".join(f"{n[:-4]},{i}\n" for i, n in enumerate(images)))
+    opts = [{**opt, "condition_file": str(tmp_path / "c.csv")} for opt in lmdb_of(tmp_path / "a", images)]
+    disk, base = (build_dataset(opt) for opt in opts)
+    assert len(disk) == len(base) == 31
+    for sample, other in zip(disk, base):
+        assert sample["key"] == other["key"] and sample["condition"] == other["condition"]
+        assert np.array_equal(sample["lq"], other["lq"])
+
+
+def test_an_lmdb_of_other_images(tmp_path):
+    images = {f"{i}.png": np.full((20, 24 + i, 3), i, np.uint8) for i in range(3)}
+    _, opt = lmdb_of(tmp_path / "a", images)
+    lmdb_of(tmp_path / "b", {f"{i}.png": np.full((20, 25 + i, 3), i, np.uint8) for i in range(3)})
+    build_dataset(opt)
+    with pytest.raises(UserError, match=r"gt.lmdb/0 \(24x20\) is smaller than the crop gt_size 32"):
+        build_dataset({**opt, "phase": "train", "gt_size": 32})
+    with pytest.raises(UserError, match=r"a/lq.lmdb/\d \(2.x20\) and .*b/gt.lmdb/\d \(2.x20\) differs in size"):
+        build_dataset({**opt, "dataroot_gt": str(tmp_path / "b/gt.lmdb")})
+    meta = tmp_path / "a/lq.lmdb/meta_info.txt"
+    text = meta.read_text()
+    for changed, message in (
+        (text.replace("(20,25,3)", "(20,99,3)"), "lq.lmdb: 1 is 25x20, and 99x20 by meta_info.txt: it was made from"),
+        ("".join(text.splitlines(True)[:2]), "gt.lmdb: 2 has no partner in .*lq.lmdb"),
+        ("", "meta_info.txt names no image"),
+    ):
+        meta.write_text(changed)
+        with pytest.raises(UserError, match=message):
+            build_dataset(opt)
+    for kind in ("lq", "gt"):
+        (tmp_path / f"a/{kind}.lmdb/meta_info.txt").write_text("".join(text.splitlines(True)[:2]))
+    with pytest.raises(UserError, match="lq.lmdb holds 3 images, and its meta_info.txt names 2"):
+        build_dataset(opt)
+    with pytest.raises(UserError, match="lq.lmdb is there already, and of other images"):
+        preparation.make_lmdb(str(tmp_path / "a/lq"))
+    with pytest.raises(UserError, match=r"meta_info.txt cannot be read: No such file or directory; io_backend lmdb"):
+        build_dataset({**opt, "dataroot_lq": str(tmp_path / "a/lq")})
+
+
+def test_an_lmdb_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "lq").mkdir()
+    cv2.imwrite(str(tmp_path / "lq" / "a.png"), np.zeros((8, 8, 3), np.uint8))
+
+    def full_disk(folder, target, *args, **kwargs):
+        (tmp_path / "lq.unfinished.lmdb").mkdir()
+        raise lmdb.DiskError("mdb_put: No space left on device")
+
+    monkeypatch.setattr(preparation, "make_lmdb_from_imgs", full_disk)
+    with pytest.raises(WriteError, match=r"cannot write .*lq.lmdb: mdb_put: No space left on device \(\d+ MB free\)"):
+        preparation.make_lmdb(str(tmp_path / "lq"))
+    monkeypatch.undo()
+    assert not (tmp_path / "lq.lmdb").exists()
+    preparation.make_lmdb(str(tmp_path / "lq"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lq", "lq.lmdb"]
+    cv2.imwrite(str(tmp_path / "lq" / "\u00fc.png"), np.zeros((8, 8, 3), np.uint8))
+    shutil.rmtree(tmp_path / "lq.lmdb")
+    with pytest.raises(UserError, match="\u00fc.png: BasicSR's LMDBs take ASCII names only"):
+        preparation.make_lmdb(str(tmp_path / "lq"))
 
 
 def test_gopro_faults(gopro):

@@ -13,9 +13,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Callable, NamedTuple, Sequence
 
 import cv2
+import lmdb
 import numpy as np
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from tqdm import tqdm
 
+from ucdir_plugin.data.paired_dataset import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.errors import UserError, WriteError, at_least_one
 from ucdir_plugin.files import write_atomically
@@ -196,18 +199,32 @@ def make_pair_lmdbs(out: str) -> None:
 def make_lmdb(folder: str) -> None:
     """BasicSR's LMDB ``FOLDER.lmdb`` of the images in a folder; under another name until it is complete.
 
-    Raises:
-        UserError: if it is there already.
-    """
-    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+    One that is there, of images of these names, is kept.
 
+    Raises:
+        UserError: if the one that is there is of others; for a name that BasicSR's LMDBs cannot have.
+        WriteError: if it cannot be written.
+    """
     target, unfinished = f"{folder}.lmdb", f"{folder}.unfinished.lmdb"
-    if os.path.exists(target):
-        raise UserError(f"{target} is there already: remove it to make it again")
-    shutil.rmtree(unfinished, ignore_errors=True)
     names = list_images(folder, "the folder of an LMDB")
-    make_lmdb_from_imgs(folder, unfinished, names, [os.path.splitext(name)[0] for name in names])
-    os.replace(unfinished, target)
+    keys = [os.path.splitext(name)[0] for name in names]
+    if os.path.exists(target):
+        if read_lmdb_names(target).keys() != set(keys):
+            raise UserError(f"{target} is there already, and of other images: remove it to make it again")
+        print(f"{target} was there")
+        return
+    foreign = next((name for name in names if not name.isascii()), None)
+    if foreign is not None:
+        raise UserError(f"{os.path.join(folder, foreign)}: BasicSR's LMDBs take ASCII names only; rename it")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # BasicSR's own guess is ten times the first image: too little where that one is dark.
+    size = sum(os.path.getsize(os.path.join(folder, name)) + 8192 for name in names)
+    try:
+        make_lmdb_from_imgs(folder, unfinished, names, keys, map_size=4 * size + 2**24)
+        os.replace(unfinished, target)
+    except (lmdb.Error, OSError) as err:
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free / 2**20
+        raise WriteError(f"cannot write {target}: {err} ({free:.0f} MB free)") from err
 
 
 def developed(
