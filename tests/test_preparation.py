@@ -1,6 +1,7 @@
 """Preparing data sets: layouts, resuming, faults; nothing half-written is taken for finished."""
 
 import shutil
+import signal
 
 import cv2
 import lmdb
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from basicsr.data import build_dataset
 from conftest import assert_one_line_error
+from PIL import Image
+from torchvision import transforms
 
 from ucdir_plugin.data import preparation
 from ucdir_plugin.errors import UserError, WriteError
@@ -51,14 +54,71 @@ def test_a_second_run_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a0.png").read_bytes() == b"mine" and cv2.imread(str(tmp_path / "bb1.png"))[0, 0, 0] == 2
 
 
+def test_a_killed_process_is_one_line(tmp_path):
+    tasks = [preparation.Task(signal.SIGKILL, (str(tmp_path / f"{i}.png"),), signal.raise_signal) for i in range(2)]
+    with pytest.raises(UserError, match="a process ended before its work was done, .* with fewer --workers than 2"):
+        preparation.prepare(tasks, 2)
+
+
+def test_two_sources_of_one_file_and_other_settings(tmp_path):
+    tasks = [preparation.Task(source, (str(tmp_path / "a_x.png"),), ramp) for source in ("a/x.png", "a_x.png")]
+    with pytest.raises(UserError, match=r"a/x.png and a_x.png would both become .*a_x.png: rename one"):
+        preparation.prepare(tasks, 1)
+    with pytest.raises(UserError, match="--workers must be 0 .* got -1"):
+        preparation.prepare([], -1)
+    preparation.same_settings(str(tmp_path), crop=None, bits=16)
+    preparation.same_settings(str(tmp_path), crop=None, bits=16)
+    with pytest.raises(UserError, match="was prepared with no --crop, not --crop 512: name another --out"):
+        preparation.same_settings(str(tmp_path), crop=512, bits=16)
+
+
+def test_the_middle_square_is_that_of_dgp_and_ddrm(tmp_path):
+    """Their transforms: CenterCropLongEdge, Resize, of a Pillow image; also where the middle is half a pixel off."""
+    for size in ((61, 40), (40, 63), (21, 24)):
+        path = str(tmp_path / "a.png")
+        cv2.imwrite(path, np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8))
+        image = Image.open(path)
+        expected = transforms.Resize(32)(transforms.functional.center_crop(image, min(image.size)))
+        np.testing.assert_array_equal(preparation.middle_square(path, 32)[0][..., ::-1], np.asarray(expected))
+
+
+def test_lists_name_paths_and_files(workplace):
+    photo = (workplace.folder / "photos" / "coffee.png").read_bytes()
+    for name in ("a/x.png", "b b/x.png", "b b/\u00fc y.png", "c/ILSVRC2012_val_00000293.png", "0.1s.png"):
+        (workplace.folder / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workplace.folder / "many" / name).write_bytes(photo)
+    run = ("../datasets/prepare_jpeg.py", "--source", "many", "--size", "8", "--workers", "1", "--list", "list.txt")
+    (workplace.folder / "list.txt").write_text(
+        "./a/x\nb b/x.png\n\u00fc y\nILSVRC2012_val_00000293.JPEG 5\n0.1s\na/x.png\n"
+    )
+    done = workplace.run(*run, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (workplace.folder / "out").glob("*.png")) == [
+        "0.1s.png", "a_x.png", "b b_x.png", "b b_\u00fc y.png", "c_ILSVRC2012_val_00000293.png"
+    ]  # fmt: skip
+    (workplace.folder / "list.txt").write_text("x\n")
+    assert_one_line_error(workplace.run(*run, "--out", "out"), "x may be a/x.png or b b/x.png: give its path")
+    (workplace.folder / "list.txt").write_text("n01440764/0.1s.JPEG\n")  # the class's folder is not there
+    assert workplace.run(*run, "--out", "flat").returncode == 0
+    assert_one_line_error(workplace.run(*run[:3], "--out", "none", "--size", "0"), "--size must be at least 1, got 0")
+
+
+def test_links_follow_the_images(workplace):
+    run = ("../datasets/prepare_jpeg.py", "--out", "linked", "--least", "8", "--source")
+    assert workplace.run(*run, "photos").returncode == 0
+    (workplace.folder / "photos").rename(workplace.folder / "moved")
+    done = workplace.run(*run, "moved")
+    assert "3 images linked" in done.stdout and (workplace.folder / "linked" / "coffee.png").is_file(), done.stdout
+
+
 def test_jpeg_list_and_links(workplace):
     (workplace.folder / "list.txt").write_text("coffee.JPEG 12\nastronaut\n")
     done = workplace.run("../datasets/prepare_jpeg.py", "--source", "photos", "--out", "val", "--size", "32", "--list", "list.txt", "--workers", "2")  # fmt: skip
     assert done.returncode == 0 and "2 images written" in done.stdout, done.stderr
     found = cv2.imread(str(workplace.folder / "val" / "astronaut.png"))
     photo = cv2.imread(str(workplace.folder / "photos" / "astronaut.png"))  # 48x36: the middle 36 rows
-    np.testing.assert_array_equal(found, cv2.resize(photo[6:42], (32, 32), interpolation=cv2.INTER_AREA))
-    assert sorted(p.name for p in (workplace.folder / "val").iterdir()) == ["astronaut.png", "coffee.png"]
+    assert np.abs(found.astype(int) - cv2.resize(photo[6:42], (32, 32), interpolation=cv2.INTER_AREA)).mean() < 3
+    assert sorted(p.name for p in (workplace.folder / "val").glob("*.png")) == ["astronaut.png", "coffee.png"]
     cv2.imwrite(str(workplace.folder / "photos" / "small.png"), photo[:20])
     (workplace.folder / "photos" / "cut.png").write_bytes(b"\x89PNG")
     done = workplace.run("../datasets/prepare_jpeg.py", "--source", "photos", "--out", "train", "--least", "36")

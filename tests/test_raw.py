@@ -7,6 +7,7 @@ import tifffile
 from basicsr.data import build_dataset
 from conftest import TINY, assert_one_line_error, merged
 
+from ucdir_plugin.data import preparation
 from ucdir_plugin.data import raw as raw_files
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import check_options
@@ -168,7 +169,8 @@ def test_from_raw_to_restored(sid):
     """prepare_sid.py, two training steps with the ratio as a condition, a test that writes the restored image."""
     run = ("../datasets/prepare_sid.py", "--source", "SID", "--workers", "1", "--out", "out")
     done = sid.run(*run, "--crop", "16", "--step", "8")
-    assert done.returncode == 0 and "train: 3 pairs" in done.stdout and "test: 1 pairs" in done.stdout, done.stderr
+    assert done.returncode == 0 and "train: 3 pairs (16x16, the official list has 1865)" in done.stdout, done.stderr
+    assert "test: 1 pairs (24x20, " in done.stdout
     out = sid.folder / "out"
     assert len(list((out / "train" / "lq").iterdir())) == len(list((out / "train" / "gt").iterdir())) == 3 * 2 * 2
     assert "00001_00_0.04s_y0004x0008,250" in (out / "train" / "ratios.csv").read_text().splitlines()
@@ -178,6 +180,9 @@ def test_from_raw_to_restored(sid):
     np.testing.assert_array_equal(written, image[4:20, 8:24])
     again = sid.run(*run, "--crop", "16", "--step", "8")
     assert "0 images written, 24 were there" in again.stdout
+    other = sid.run(*run, "--crop", "16", "--step", "8", "--bits", "8")  # would mix 8 and 16 bits
+    assert_one_line_error(other, "out was prepared with --bits 16, not --bits 8: name another --out")
+    assert "0 images written, 24 were there" in sid.run(*run, "--crop", "16").stdout  # half is what it was
     pairs = {
         phase: {"name": phase, "type": "PairedRestorationDataset", "dataroot_lq": f"out/{part}/lq",
                 "dataroot_gt": f"out/{part}/gt", "condition_file": f"out/{part}/ratios.csv", "quality": None}
@@ -209,6 +214,8 @@ def test_the_raw_dataset_is_what_is_prepared(sid):
     assert len(build_dataset({**opt, "ratio": 100})) == 1 and len(build_dataset({**opt, "ratio": [200, 300]})) == 2
     train = build_dataset({**opt, "phase": "train", "gt_size": 16, "use_hflip": True, "use_rot": True})
     assert train[0]["lq"].shape == train[0]["gt"].shape == (3, 16, 16)
+    with pytest.raises(UserError, match="of another size than the first"):
+        preparation.developed(str(sid.folder / "SID/Sony/long/00002_00_30s.ARW"), 1.0, 8, 1, [(4, 0)], 16)
     with pytest.raises(UserError, match="smaller than the crop gt_size 32"):
         build_dataset({**opt, "phase": "train", "gt_size": 32, "use_hflip": True, "use_rot": True})[0]
     keys = {"quality": None, "dataroot_gt": "SID", "meta_info_file": "list.txt"}
