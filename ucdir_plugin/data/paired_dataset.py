@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import math
 import os
@@ -37,6 +38,11 @@ def some_of(items: list) -> list:
     Each image is checked again when it is read.
     """
     return items[:: len(items) // 20000 + 1]
+
+
+def constant(opt: dict) -> dict[str, tuple]:
+    """The option ``condition``, as the data sets' ``tells`` have it."""
+    return {name: (value,) for name, value in opt.get("condition", {}).items()}
 
 
 def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
@@ -132,12 +138,16 @@ def read_conditions(path: str) -> dict[str, dict[str, Any]]:
         UserError: if it cannot be read, or has no column ``name``.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a mark in front
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise UserError(f"condition_file {path} cannot be read: {getattr(err, 'strerror', None) or err}") from err
-    if not rows or "name" not in rows[0] or None in rows[0]:
+    if not rows or "name" not in rows[0] or any(None in row for row in rows):
         raise UserError(f"condition_file {path}: a first line such as name,ratio is expected, and lines of its columns")
+    names = collections.Counter(row["name"] for row in rows)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"condition_file {path}: {twice} has {names[twice]} lines; keep one")
     columns = {key: _column([row[key] or "" for row in rows]) for key in rows[0] if key != "name"}
     return {row["name"]: {key: column[i] for key, column in columns.items()} for i, row in enumerate(rows)}
 
@@ -178,6 +188,9 @@ class PairedRestorationDataset(Dataset):
         if self.backend.get("type") not in ("disk", "lmdb"):
             kind = self.backend.get("type")
             raise UserError(f"option datasets: {opt['name']}: io_backend: there is no type {kind!r}; use disk or lmdb")
+        strange = next((key for key in self.backend if key != "type"), None)
+        if strange is not None:
+            raise UserError(f"unknown option datasets: {opt['name']}: io_backend: {strange}; it has a type only")
         if gt is None:
             names = list_images(lq, f"option datasets: {opt['name']}: dataroot_lq")
             self.pairs = [(name, os.path.join(lq, name), None) for name in names]
@@ -199,6 +212,15 @@ class PairedRestorationDataset(Dataset):
                     f"condition_file {opt['condition_file']} has no line {name}; {did_you_mean(name, table)}"
                 )
             self.conditions.append({**opt.get("condition", {}), **table.get(name, {})})
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        """Conditions that its samples have: name -> the values that there are."""
+        told = constant(opt)
+        if opt.get("condition_file"):
+            rows = list(read_conditions(opt["condition_file"]).values())
+            told.update((name, tuple(dict.fromkeys(row[name] for row in rows))) for name in rows[0])
+        return told
 
     def _check_sizes(self, lq: tuple[tuple[int, int], str], gt: tuple[tuple[int, int], str]) -> None:
         """Of a pair, ((height, width), path) each."""
@@ -223,13 +245,21 @@ class PairedRestorationDataset(Dataset):
     def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
         what = f"option datasets: {self.opt['name']}: dataroot_"
+        template = self.opt["filename_tmpl"]
+        try:
+            template.format("a")
+        except (LookupError, ValueError, AttributeError) as err:
+            raise UserError(
+                f"option datasets: {self.opt['name']}: filename_tmpl {template!r}: one {{}} is expected, for the name"
+            ) from err
         degraded = images_by_stem(lq, f"{what}lq")
         if self.opt.get("meta_info_file"):
             try:
                 with open(self.opt["meta_info_file"], encoding="utf-8") as file:
                     names = [line.split(" ")[0].strip() for line in file if line.strip()]
-            except OSError as err:
-                raise UserError(f"meta_info_file {self.opt['meta_info_file']} cannot be read: {err.strerror}") from err
+            except (OSError, UnicodeDecodeError) as err:
+                reason = getattr(err, "strerror", None) or "it is no text"
+                raise UserError(f"meta_info_file {self.opt['meta_info_file']} cannot be read: {reason}") from err
             if not names:
                 raise UserError(f"meta_info_file {self.opt['meta_info_file']} names no image")
         else:
@@ -237,7 +267,7 @@ class PairedRestorationDataset(Dataset):
         pairs = []
         for name in names:
             folder, base = os.path.split(os.path.splitext(name)[0])
-            partner = f"{folder}/" * bool(folder) + self.opt["filename_tmpl"].format(base)
+            partner = f"{folder}/" * bool(folder) + template.format(base)
             if partner not in degraded:
                 raise UserError(
                     f"{os.path.join(gt, name)} has no partner {partner}.* in {lq}; {did_you_mean(partner, degraded)}"

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ucdir_plugin.data.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
-from ucdir_plugin.data.paired_dataset import check_crop, option, to_sample
+from ucdir_plugin.data.paired_dataset import check_crop, constant, option, to_sample
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.registry import register
 
@@ -38,6 +38,10 @@ class RawPairDataset(Dataset):
         where = f"datasets: {opt['name']}: ratio"
         ratio = None if opt.get("ratio") is None else value_range(opt["ratio"], LIMITS["ratio"], where)
         self.pairs = read_pairs(option(opt, "meta_info_file"), option(opt, "dataroot_gt"), ratio)
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        return {**constant(opt), "ratio": ()}  # the list says which
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
