@@ -47,11 +47,11 @@ setup(
     ],
     extras_require={
         "metrics": METRICS,
-        "raw": ["rawpy>=0.18"],
+        "raw": ["rawpy>=0.25"],  # the first that tells the camera's crop
         "diffusers": ["diffusers>=0.30"],  # to load a UNet2DModel as prior
         "dev": [
             *METRICS,
-            "rawpy>=0.18",
+            "rawpy>=0.25",
             "pytest>=7.4",
             "ruff==0.17.6",
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against

@@ -16,7 +16,9 @@ from ucdir_plugin.data.preparation import (
     check_pair_arguments,
     gopro_tasks,
     make_pair_lmdbs,
+    pair_settings,
     prepare,
+    same_settings,
 )
 from ucdir_plugin.errors import run_cli
 
@@ -34,6 +36,7 @@ def main() -> int:
     for part in PAIRS:
         crop = args.crop if part == "train" else None
         pairs, tasks = gopro_tasks(args.source, args.out, part, crop, args.step)
+        same_settings(args.out, **pair_settings(args))
         code = max(code, prepare(tasks, args.workers))
         complete = "complete" if pairs == PAIRS[part] else f"the official set has {PAIRS[part]}"
         print(f"{part}: {pairs} pairs ({complete})", flush=True)

@@ -274,3 +274,62 @@ def test_from_a_file_beside_the_pairs(workplace):
     (workplace.folder / "c.csv").write_text("nme,ratio\nastronaut,100\n")
     with pytest.raises(UserError, match=r"c.csv: a first line such as name,ratio is expected"):
         build_dataset(options)
+    (workplace.folder / "c.csv").write_text("name,ratio\nastronaut,100\nchelsea,3,4\ncoffee,5\n")
+    with pytest.raises(
+        UserError, match=r"c.csv: a first line such as name,ratio is expected, and lines of its columns"
+    ):
+        build_dataset(options)
+    (workplace.folder / "c.csv").write_text("name,ratio\nastronaut,100\nchelsea,3\ncoffee,5\nchelsea,4\n")
+    with pytest.raises(UserError, match=r"c.csv: chelsea has 2 lines"):
+        build_dataset(options)
+    (workplace.folder / "c.csv").write_text("\ufeffname,ratio\nastronaut,100\nchelsea,3\ncoffee,5\n")  # Excel's
+    assert build_dataset(options)[1]["condition"]["ratio"] == 3
+
+
+MIXED = {"type": "MixedDegradationDataset", "quality": None}
+PAIRS = {"type": "PairedRestorationDataset", "quality": None, "dataroot_lq": "photos"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "phase", "dataset", "message"),
+    [
+        ({"qualty": {"range": [1, 100], "drop": 0.1}}, "train", {}, "it does not tell qualty, .* did you mean 'quality'"),
+        ({"quality": {"range": [10, 100]}}, "train", {}, "quality is 5, outside of its range: give 10 to 100"),
+        ({"quality": {"range": [1, 20]}}, "train", {}, "quality is 30, outside of its range: give 1 to 20"),
+        ({"quality": {"range": [5, 30]}}, "val", {"quality": 90}, "quality is 90, outside of its range"),
+        ({"quality": {"range": [5, 30]}}, "val", PAIRS, "it does not tell quality, .* it tells none"),
+        ({"quality": {"range": [5, 30]}}, "val", {**PAIRS, "condition": {"quality": 31}}, "quality is 31.0, outside"),
+        ({"ratio": {"range": [1, 200]}}, "train", {"type": "LowLightDataset", "quality": None}, "ratio is 300"),
+        ({"noise_sigma": {"range": [0, 5]}}, "train", {**MIXED, "degradations": [{"type": "noise", "sigma": 6}]}, "noise_sigma is 6"),
+        ({"noise_sigma": {"range": [0, 9]}}, "train",
+         {**MIXED, "degradations": [{"type": "noise", "sigma": 6, "probability": 0.5}]}, "some samples lack noise_sigma: .* drop above 0"),
+        ({"ratio": {"range": [1, 300]}}, "train", {**PAIRS, "condition_file": "c.csv"}, "some samples lack ratio"),
+        ({"ratio": {"range": [1, 200], "drop": 0.1}}, "train", {**PAIRS, "condition_file": "c.csv"}, "ratio is 300"),
+    ],
+)  # fmt: skip
+def test_what_the_data_tell_is_checked_before_training(declared, phase, dataset, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.csv").write_text("name,ratio\na,100\nb,\nc,300\n")
+    changes = {"network_g": {"denoiser": {"conditions": declared}}, "datasets": {phase: dataset}}
+    with pytest.raises(UserError, match=f"option datasets:{phase}: .*{message}"):
+        check_options(merged(TINY, changes), True)
+    check_options(merged(TINY, changes), False)  # to restore with, the data need not be there
+    if phase == "train":  # another one knows what to say
+        foreign = {
+            "type": "PairedImageDataset",
+            "quality": None,
+            "dataroot_lq": "lq",
+            "degradations": None,
+            "condition_file": None,
+        }
+        changes = merged(changes, {"datasets": {"val": None}})
+        check_options(merged(TINY, {**changes, "datasets": {"train": foreign, "val": None}}), True)
+
+
+def test_numbers_of_numpy_and_classes_that_look_like_numbers():
+    quality, kind = conditions.declare(
+        {"q": {"range": [1, 100], "drop": 0.1}, "k": {"encoding": "class", "classes": ["1", "2"]}}
+    )
+    assert quality.number(np.int64(10)) == 10 and quality.number(np.float32(2.5)) == 2.5
+    assert math.isnan(quality.number(np.float32("nan")))
+    assert kind.number(2.0) == kind.number(2) == kind.number("2") == 1  # 2.0: as a table's column gives it

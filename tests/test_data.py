@@ -105,7 +105,7 @@ def test_crop_larger_than_an_image(pairs):
     jpegs = {**options, "type": "JPEGDataset", "quality": 10, "gt_size": 32}
     with pytest.raises(UserError, match=r"gt/0.png \(24x20\) is smaller than the crop"):
         build_dataset(jpegs)
-    with pytest.raises(UserError, match=r"quality 0 is not within 1 .. 100"):
+    with pytest.raises(UserError, match=r"quality: a whole number or .* within 1 .. 100 is expected, got 0"):
         build_dataset({**jpegs, "quality": 0, "gt_size": 16})
     with pytest.raises(UserError, match=r"quality is missing"):
         build_dataset({k: v for k, v in jpegs.items() if k != "quality"})
@@ -123,6 +123,22 @@ def test_names_templates_lists_and_subfolders(pairs):
         cv2.imwrite(str(folder / part / "s" / f"0{'_bad' if part == 'lq' else ''}.png"), photo())
     dataset = build_dataset({**options, "filename_tmpl": "{}_bad"})
     assert [pair[0] for pair in dataset.pairs] == ["0.png", "1.png", "2.png", "s/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"filename_tmpl": "{}_{}"}, r"filename_tmpl '\{\}_\{\}': one \{\} is expected"),
+        ({"filename_tmpl": "{x}"}, "filename_tmpl"),
+        ({"filename_tmpl": "{"}, "filename_tmpl"),
+        ({"meta_info_file": "lq/0.png"}, "lq/0.png cannot be read: it is no text"),
+        ({"io_backend": {"type": "disk", "path": 1}}, "io_backend: path; it has a type only"),
+    ],
+)
+def test_wrong_options(pairs, change, message, monkeypatch):
+    monkeypatch.chdir(pairs[0])
+    with pytest.raises(UserError, match=message):
+        build_dataset({**pairs[1], **change})
 
 
 def test_lmdb_backend(pairs):

@@ -145,6 +145,7 @@ def test_what_is_left_out_is_nan(photo):
     [
         ({"type": "blurr", "sigma": 1}, "degradations:0:type: there is no degradation 'blurr'; did you mean 'blur'"),
         ({"sigma": 1}, "degradations:0:type: there is no degradation None"),
+        ({"type": ["blur"], "sigma": 1}, r"degradations:0:type: there is no degradation \['blur'\]"),
         ({"type": "blur", "sigmas": 1}, "degradations:0:sigmas; did you mean 'sigma'"),
         ({"type": "blur"}, "degradations:0:sigma is missing"),
         ({"type": "jpeg", "quality": 10.5}, "degradations:0:quality: a whole number or .*within 1 .. 100.* got 10.5"),

@@ -7,6 +7,7 @@ import tifffile
 from basicsr.data import build_dataset
 from conftest import TINY, assert_one_line_error, merged
 
+from ucdir_plugin.data import preparation
 from ucdir_plugin.data import raw as raw_files
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import check_options
@@ -21,14 +22,14 @@ def fractions(values):
     return [number for value in values for number in (round(value * 10000), 10000)]
 
 
-def write_dng(path, pixels, pattern=(0, 1, 1, 2), side=2, neutral=(1, 1, 1)):
+def write_dng(path, pixels, pattern=(0, 1, 1, 2), side=2, neutral=(1, 1, 1), more=()):
     """A DNG of a camera whose colours are sRGB's, linear between BLACK and WHITE."""
     tags = [
         (33421, "H", 2, (side, side), True), (33422, "B", len(pattern), tuple(pattern), True),
         (50706, "B", 4, (1, 4, 0, 0), True), (50708, "s", 0, "Test Camera", True),
         (50714, "H", 1, BLACK, True), (50717, "H", 1, WHITE, True), (50721, "2i", 9, tuple(fractions(TO_SRGB)), True),
         (50728, "2I", 3, tuple(fractions(neutral)), True), (50778, "H", 1, 21, True),
-        (271, "s", 0, "Test", True), (272, "s", 0, "Camera", True),
+        (271, "s", 0, "Test", True), (272, "s", 0, "Camera", True), *more,
     ]  # fmt: skip
     tifffile.imwrite(path, pixels, photometric="cfa", extratags=tags, metadata=None, subfiletype=0)
 
@@ -77,6 +78,19 @@ def test_camera_white_balance(tmp_path):
     write_dng(tmp_path / "a.dng", mosaic(gray * np.array([0.5, 1.0, 0.8])), neutral=(0.5, 1.0, 0.8))
     image = raw_files.develop(str(tmp_path / "a.dng")).astype(float)
     assert np.ptp(image.mean((0, 1))) < 0.02 * image.mean()
+
+
+def test_the_cameras_own_picture_is_cut_out_and_upright(tmp_path, linear):
+    """As of SID's Sony, whose files hold 4256x2848 pixels of which the picture is 4240x2832: 2120x1416 at half size."""
+    write_dng(tmp_path / "whole.dng", mosaic(linear))
+    whole = raw_files.develop(str(tmp_path / "whole.dng"))
+    crop = [(50719, "H", 2, (4, 6), True), (50720, "H", 2, (40, 28), True)]  # left, top; width, height
+    for orientation, turns in ((1, 0), (3, 2), (6, 3), (8, 1)):
+        write_dng(tmp_path / "a.dng", mosaic(linear), more=[*crop, (274, "H", 1, orientation, True)])
+        image = raw_files.develop(str(tmp_path / "a.dng"))
+        np.testing.assert_array_equal(image, np.rot90(whole[3:17, 2:22], turns))
+    write_dng(tmp_path / "a.dng", mosaic(linear), more=[crop[0], (50720, "H", 2, (400, 28), True)])  # nonsense
+    assert raw_files.develop(str(tmp_path / "a.dng")).shape == (20, 24, 3)
 
 
 def test_bad_raw_files(tmp_path, linear):
@@ -155,7 +169,8 @@ def test_from_raw_to_restored(sid):
     """prepare_sid.py, two training steps with the ratio as a condition, a test that writes the restored image."""
     run = ("../datasets/prepare_sid.py", "--source", "SID", "--workers", "1", "--out", "out")
     done = sid.run(*run, "--crop", "16", "--step", "8")
-    assert done.returncode == 0 and "train: 3 pairs" in done.stdout and "test: 1 pairs" in done.stdout, done.stderr
+    assert done.returncode == 0 and "train: 3 pairs (16x16, the official list has 1865)" in done.stdout, done.stderr
+    assert "test: 1 pairs (24x20, " in done.stdout
     out = sid.folder / "out"
     assert len(list((out / "train" / "lq").iterdir())) == len(list((out / "train" / "gt").iterdir())) == 3 * 2 * 2
     assert "00001_00_0.04s_y0004x0008,250" in (out / "train" / "ratios.csv").read_text().splitlines()
@@ -165,6 +180,9 @@ def test_from_raw_to_restored(sid):
     np.testing.assert_array_equal(written, image[4:20, 8:24])
     again = sid.run(*run, "--crop", "16", "--step", "8")
     assert "0 images written, 24 were there" in again.stdout
+    other = sid.run(*run, "--crop", "16", "--step", "8", "--bits", "8")  # would mix 8 and 16 bits
+    assert_one_line_error(other, "out was prepared with --bits 16, not --bits 8: name another --out")
+    assert "0 images written, 24 were there" in sid.run(*run, "--crop", "16").stdout  # half is what it was
     pairs = {
         phase: {"name": phase, "type": "PairedRestorationDataset", "dataroot_lq": f"out/{part}/lq",
                 "dataroot_gt": f"out/{part}/gt", "condition_file": f"out/{part}/ratios.csv", "quality": None}
@@ -190,12 +208,14 @@ def test_the_raw_dataset_is_what_is_prepared(sid):
     found = {sample["key"]: sample for sample in raw}
     assert len(found) == len(prepared) == 3
     for sample in prepared:
-        other = found[sample["key"][: -len(".png")]]
+        other = found[sample["key"]]  # the same noise, and results of the same names
         assert (sample["lq"] == other["lq"]).all() and (sample["gt"] == other["gt"]).all()
         assert sample["condition"]["ratio"] == pytest.approx(other["condition"]["ratio"])
     assert len(build_dataset({**opt, "ratio": 100})) == 1 and len(build_dataset({**opt, "ratio": [200, 300]})) == 2
     train = build_dataset({**opt, "phase": "train", "gt_size": 16, "use_hflip": True, "use_rot": True})
     assert train[0]["lq"].shape == train[0]["gt"].shape == (3, 16, 16)
+    with pytest.raises(UserError, match="of another size than the first"):
+        preparation.developed(str(sid.folder / "SID/Sony/long/00002_00_30s.ARW"), 1.0, 8, 1, [(4, 0)], 16)
     with pytest.raises(UserError, match="smaller than the crop gt_size 32"):
         build_dataset({**opt, "phase": "train", "gt_size": 32, "use_hflip": True, "use_rot": True})[0]
     keys = {"quality": None, "dataroot_gt": "SID", "meta_info_file": "list.txt"}

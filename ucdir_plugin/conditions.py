@@ -13,6 +13,7 @@ condition is left out of a share ``drop`` of the samples; only such a one can be
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
@@ -25,7 +26,7 @@ _KEYS = ("encoding", "range", "classes", "drop")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Condition:
         Raises:
             UserError: for a value out of range, an unknown class, or a condition left out that never was in training.
         """
-        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        if value is None or value == "" or (isinstance(value, numbers.Real) and math.isnan(value)):
             if not self.drop:
                 raise UserError(f"condition {self.name} is missing, and was not left out in training: give {self.give}")
             return math.nan
         if self.classes:
+            value = f"{value:g}" if _is_number(value) else value  # a table of classes 1, 2, ... has numbers
             if value not in self.classes:
                 hint = did_you_mean(value, self.classes)
                 raise UserError(f"condition {self.name}: there is no class {value!r}; {hint}")
@@ -111,6 +113,34 @@ def _declare_one(name: str, values: Any, where: str) -> Condition:
     if not all(isinstance(v, str) for v in given) or len(set(given)) != len(given) or len(given) < 2:
         raise UserError(f"option {where}:classes: two or more different names are expected, got {list(given)!r}")
     return Condition(name, (0.0, len(given) - 1.0), tuple(given), float(drop))
+
+
+def check_told(conditions: Sequence[Condition], told: Mapping[str, Sequence[Any]], train: bool, where: str) -> None:
+    """Whether a data set tells what a network declares, before hours of training.
+
+    Args:
+        told: name -> the smallest and largest value, or all; NaN or "" among them if some samples lack it.
+        train: whether the network trains on it: what it never tells would never be learnt.
+
+    Raises:
+        UserError: for a condition that it does not tell, leaves out, or tells values of that are out of range.
+    """
+    for condition in conditions:
+        if condition.name not in told:
+            if train or not condition.drop:
+                hint = did_you_mean(condition.name, told) if told else "it tells none"
+                raise UserError(f"{where}: it does not tell {condition.name}, which network_g declares; {hint}")
+            continue
+        for value in told[condition.name]:
+            left_out = value == "" or (isinstance(value, numbers.Real) and math.isnan(value))
+            if left_out and not condition.drop:
+                raise UserError(
+                    f"{where}: some samples lack {condition.name}: its condition in network_g needs a drop above 0"
+                )
+            try:
+                condition.number(value)
+            except UserError as err:
+                raise UserError(f"{where}: {err}") from err
 
 
 def encode(conditions: Sequence[Condition], values: Mapping[str, Sequence[Any]], batch: int) -> Optional[torch.Tensor]:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ucdir_plugin import registry
-from ucdir_plugin.conditions import declare
+from ucdir_plugin.conditions import check_told, declare
 from ucdir_plugin.data.degradations import chain
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.metrics import protocol
@@ -484,6 +484,16 @@ def _check_train(train: Mapping[str, Any], network: Mapping[str, Any], own_model
         raise UserError("option train:scheduler is missing")
 
 
+def _check_conditions(opt: Mapping[str, Any]) -> None:
+    """What the network is to be told against what the data sets tell, as far as they say."""
+    denoiser = opt["network_g"].get("denoiser")
+    declared = declare(denoiser.get("conditions")) if isinstance(denoiser, Mapping) else ()
+    for phase, dataset in opt["datasets"].items() if declared else ():
+        tells = getattr(registry.lookup("dataset", dataset["type"]), "tells", None)
+        if tells is not None and phase.split("_")[0] != "test":
+            check_told(declared, tells(dataset), phase == "train", f"option datasets:{phase}")
+
+
 _OWN_TRAIN = (
     "ema_start", "diffusion_opt", "initial_opt", "predictor", "grad_clip", "accumulate", "amp", "max_bad_steps"
 )  # fmt: skip
@@ -595,6 +605,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
             if dataset.get("degradations") is not None:
                 chain(dataset["degradations"], f"datasets:{phase}:degradations")
+        if is_train and own_model:
+            _check_conditions(opt)
         for name, metric in (opt["val"].get("metrics") or {}).items():
             check_metric(metric, f"val:metrics:{name}")
             metric.setdefault("better", protocol.better(metric))

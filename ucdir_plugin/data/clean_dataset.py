@@ -9,7 +9,7 @@ import numpy as np
 from basicsr.data.transforms import augment
 from torch.utils.data import Dataset
 
-from ucdir_plugin.data.paired_dataset import check_crop, option, some_of
+from ucdir_plugin.data.paired_dataset import check_crop, constant, option, some_of
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.imageio import decode_image, image_size, list_images, read_bytes
 
@@ -36,6 +36,11 @@ class CleanImages(Dataset):
             size = image_size(os.path.join(self.root, name))
             if self.crop:
                 check_crop(size, self.crop, os.path.join(self.root, name))
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        """Conditions that its samples have, by its options: name -> smallest and largest value, or all."""
+        return constant(opt)
 
     def read(self, index: int) -> tuple[np.ndarray, str]:
         """Image (H, W, 3) BGR in [0, 1], in training a crop of it, perhaps flipped and turned; and its path."""

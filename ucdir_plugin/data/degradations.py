@@ -181,7 +181,7 @@ def chain(declared: Sequence[Mapping[str, Any]], where: str = "degradations") ->
     for number, entry in enumerate(declared):
         here = f"{where}:{number}"
         kind = entry.get("type")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(f"option {here}:type: there is no degradation {kind!r}; {did_you_mean(str(kind), KINDS)}")
         known = KINDS[kind]
         for key in entry:

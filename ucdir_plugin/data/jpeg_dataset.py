@@ -6,10 +6,13 @@ import random
 from typing import Any
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import jpeg
+from ucdir_plugin.data.degradations import KINDS, jpeg, value_range
 from ucdir_plugin.data.paired_dataset import option, to_sample
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
+
+
+def _quality(opt: dict) -> tuple[int, int]:
+    return value_range(option(opt, "quality"), KINDS["jpeg"].limits["quality"], f"datasets: {opt['name']}: quality")
 
 
 @register("dataset")
@@ -28,11 +31,12 @@ class JPEGDataset(CleanImages):
     """
 
     def __init__(self, opt: dict):
-        quality = option(opt, "quality")
-        self.quality = (quality, quality) if isinstance(quality, int) else tuple(quality)
-        if not 1 <= self.quality[0] <= self.quality[1] <= 100:
-            raise UserError(f"option datasets: {opt['name']}: quality {quality} is not within 1 .. 100")
+        self.quality = _quality(opt)
         super().__init__(opt)
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        return {**CleanImages.tells(opt), "quality": _quality(opt)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

@@ -14,6 +14,11 @@ DEFAULTS = {"ratio": (100.0, 300.0), "electrons": (1000.0, 15000.0), "read": (1.
 BITS = 14
 
 
+def _ranges(opt: dict) -> dict[str, tuple[float, float]]:
+    where = f"datasets: {opt['name']}"
+    return {key: value_range(opt.get(key, DEFAULTS[key]), LIMITS[key], f"{where}: {key}") for key in LIMITS}
+
+
 @register("dataset")
 class LowLightDataset(CleanImages):
     """A folder of photographs and what a far too short exposure, amplified, would have made of them.
@@ -30,10 +35,13 @@ class LowLightDataset(CleanImages):
     """
 
     def __init__(self, opt: dict):
-        where = f"datasets: {opt['name']}"
-        self.ranges = {key: value_range(opt.get(key, DEFAULTS[key]), LIMITS[key], f"{where}: {key}") for key in LIMITS}
-        self.bits = value_range(opt.get("bits", BITS), (1, 24), f"{where}: bits")[0]
+        self.ranges = _ranges(opt)
+        self.bits = value_range(opt.get("bits", BITS), (1, 24), f"datasets: {opt['name']}: bits")[0]
         super().__init__(opt)
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        return {**CleanImages.tells(opt), "ratio": _ranges(opt)["ratio"]}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import chain, degrade
+from ucdir_plugin.data.degradations import Step, chain, degrade
 from ucdir_plugin.data.paired_dataset import option, to_sample
 from ucdir_plugin.registry import register
+
+
+def _steps(opt: dict) -> tuple[Step, ...]:
+    return chain(option(opt, "degradations"), f"datasets: {opt['name']}: degradations")
 
 
 @register("dataset")
@@ -26,8 +31,16 @@ class MixedDegradationDataset(CleanImages):
     """
 
     def __init__(self, opt: dict):
-        self.steps = chain(option(opt, "degradations"), f"datasets: {opt['name']}: degradations")
+        self.steps = _steps(opt)
         super().__init__(opt)
+
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        told = CleanImages.tells(opt)
+        for step in _steps(opt):
+            left_out = (math.nan,) if step.probability < 1 else ()
+            told.update((f"{step.name}_{key}", bounds + left_out) for key, bounds in step.ranges.items())
+        return told
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import math
 import os
+import re
+import struct
 from typing import Any
 
 import lmdb
 import numpy as np
-from basicsr.data.data_util import paired_paths_from_lmdb
 from basicsr.data.transforms import augment, paired_random_crop
 from basicsr.utils import FileClient, img2tensor
 from torch.utils.data import Dataset
@@ -38,6 +40,11 @@ def some_of(items: list) -> list:
     return items[:: len(items) // 20000 + 1]
 
 
+def constant(opt: dict) -> dict[str, tuple]:
+    """The option ``condition``, as the data sets' ``tells`` have it."""
+    return {name: (value,) for name, value in opt.get("condition", {}).items()}
+
+
 def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
     """
     Raises:
@@ -63,20 +70,61 @@ def to_sample(
     return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **told}
 
 
-def _check_lmdb(root: str, keys: list[str]) -> None:
-    """
+def read_lmdb_names(root: str) -> dict[str, tuple[int, int] | None]:
+    """Keys of an LMDB by its meta_info.txt -> (height, width), None where a line says none.
+
+    A key is the name without its extension: BasicSR's reader ends it at the first dot, as in SID's 00001_00_0.1s.png.
+
     Raises:
-        UserError: if an LMDB lacks an image that its meta_info.txt names.
+        UserError: if it cannot be read, or names no image.
     """
+    path = os.path.join(root, "meta_info.txt")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as err:
+        reason = getattr(err, "strerror", None) or "it is no text"
+        raise UserError(f"{path} cannot be read: {reason}; io_backend lmdb reads folders that BasicSR made") from err
+    names: dict[str, tuple[int, int] | None] = {}
+    for line in lines:
+        name, _, rest = line.partition(" (")
+        shape = re.match(r"(\d+),\s*(\d+)", rest)
+        names[os.path.splitext(name)[0]] = (int(shape.group(1)), int(shape.group(2))) if shape else None
+    if not names:
+        raise UserError(f"{path} names no image")
+    return names
+
+
+def _lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int]]:
+    """(height, width) of the PNGs among the images that an LMDB's meta_info.txt names, or of some of very many.
+
+    Raises:
+        UserError: if the LMDB holds others than these.
+    """
+    sizes = {}
     try:
         with lmdb.open(root, readonly=True, lock=False, readahead=False) as base, base.begin(buffers=True) as reader:
-            missing = next((key for key in keys if reader.get(key.encode()) is None), None)
+            for name in some_of(list(names)):
+                image = reader.get(name.encode())
+                if image is None:
+                    raise UserError(f"LMDB {root} has no image {name}, which its meta_info.txt names; make it again")
+                if bytes(image[:8]) == b"\x89PNG\r\n\x1a\n" and len(image) >= 24:
+                    width, height = struct.unpack(">II", image[16:24])
+                    sizes[name] = height, width
+                    if (names[name] or sizes[name]) != sizes[name]:
+                        h, w = names[name]
+                        raise UserError(
+                            f"LMDB {root}: {name} is {width}x{height}, and {w}x{h} by meta_info.txt: it was made from"
+                            " other images; make it again"
+                        )
+            held = base.stat()["entries"]
     except lmdb.Error as err:
         if "already open" in str(err):  # by another data set of this process, which has looked
-            return
+            return {}
         raise UserError(f"LMDB {root} cannot be read: {err}; make it again") from err
-    if missing is not None:
-        raise UserError(f"LMDB {root} has no image {missing}, which its meta_info.txt names; make it again")
+    if held != len(names):
+        raise UserError(f"LMDB {root} holds {held} images, and its meta_info.txt names {len(names)}; make it again")
+    return sizes
 
 
 def read_conditions(path: str) -> dict[str, dict[str, Any]]:
@@ -90,12 +138,16 @@ def read_conditions(path: str) -> dict[str, dict[str, Any]]:
         UserError: if it cannot be read, or has no column ``name``.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a mark in front
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise UserError(f"condition_file {path} cannot be read: {getattr(err, 'strerror', None) or err}") from err
-    if not rows or "name" not in rows[0] or None in rows[0]:
+    if not rows or "name" not in rows[0] or any(None in row for row in rows):
         raise UserError(f"condition_file {path}: a first line such as name,ratio is expected, and lines of its columns")
+    names = collections.Counter(row["name"] for row in rows)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"condition_file {path}: {twice} has {names[twice]} lines; keep one")
     columns = {key: _column([row[key] or "" for row in rows]) for key in rows[0] if key != "name"}
     return {row["name"]: {key: column[i] for key, column in columns.items()} for i, row in enumerate(rows)}
 
@@ -136,6 +188,9 @@ class PairedRestorationDataset(Dataset):
         if self.backend.get("type") not in ("disk", "lmdb"):
             kind = self.backend.get("type")
             raise UserError(f"option datasets: {opt['name']}: io_backend: there is no type {kind!r}; use disk or lmdb")
+        strange = next((key for key in self.backend if key != "type"), None)
+        if strange is not None:
+            raise UserError(f"unknown option datasets: {opt['name']}: io_backend: {strange}; it has a type only")
         if gt is None:
             names = list_images(lq, f"option datasets: {opt['name']}: dataroot_lq")
             self.pairs = [(name, os.path.join(lq, name), None) for name in names]
@@ -143,22 +198,11 @@ class PairedRestorationDataset(Dataset):
                 image_size(lq_path)
         elif self.backend["type"] == "lmdb":
             self.backend.update(db_paths=[lq, gt], client_keys=["lq", "gt"])
-            try:
-                pairs = paired_paths_from_lmdb([lq, gt], ["lq", "gt"])
-            except (OSError, ValueError) as err:
-                raise UserError(f"option datasets: {opt['name']}: {err}") from err
-            self.pairs = [(p["lq_path"], p["lq_path"], p["gt_path"]) for p in pairs]
-            for root, column in ((lq, 1), (gt, 2)):
-                _check_lmdb(root, [pair[column] for pair in some_of(self.pairs)])
+            self.pairs = self._pair_lmdbs(gt, lq)
         else:
             self.pairs = self._pair_files(gt, lq)
             for _, lq_path, gt_path in some_of(self.pairs):
-                sizes = image_size(lq_path), image_size(gt_path)
-                if sizes[0] != sizes[1]:
-                    (lh, lw), (gh, gw) = sizes
-                    raise UserError(f"the pair {lq_path} ({lw}x{lh}) and {gt_path} ({gw}x{gh}) differs in size")
-                if self.crop:
-                    check_crop(sizes[1], self.crop, gt_path)
+                self._check_sizes((image_size(lq_path), lq_path), (image_size(gt_path), gt_path))
         table = read_conditions(opt["condition_file"]) if opt.get("condition_file") else {}
         self.conditions = []
         for key, _, _ in self.pairs:
@@ -169,16 +213,53 @@ class PairedRestorationDataset(Dataset):
                 )
             self.conditions.append({**opt.get("condition", {}), **table.get(name, {})})
 
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        """Conditions that its samples have: name -> the values that there are."""
+        told = constant(opt)
+        if opt.get("condition_file"):
+            rows = list(read_conditions(opt["condition_file"]).values())
+            told.update((name, tuple(dict.fromkeys(row[name] for row in rows))) for name in rows[0])
+        return told
+
+    def _check_sizes(self, lq: tuple[tuple[int, int], str], gt: tuple[tuple[int, int], str]) -> None:
+        """Of a pair, ((height, width), path) each."""
+        if lq[0] != gt[0]:
+            (lh, lw), (gh, gw) = lq[0], gt[0]
+            raise UserError(f"the pair {lq[1]} ({lw}x{lh}) and {gt[1]} ({gw}x{gh}) differs in size")
+        if self.crop:
+            check_crop(gt[0], self.crop, gt[1])
+
+    def _pair_lmdbs(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
+        """As :meth:`_pair_files`, with the LMDBs' keys for paths; an image is called as its file was."""
+        names = {root: read_lmdb_names(root) for root in (lq, gt)}
+        for root, other in ((lq, gt), (gt, lq)):
+            lonely = sorted(names[root].keys() - names[other].keys())
+            if lonely:
+                raise UserError(f"LMDB {root}: {lonely[0]} has no partner in {other}")
+        sizes = {root: _lmdb_sizes(root, names[root]) for root in (lq, gt)}
+        for name in sorted(sizes[lq].keys() & sizes[gt].keys()):
+            self._check_sizes(*((sizes[root][name], os.path.join(root, name)) for root in (lq, gt)))
+        return [(f"{name}.png", name, name) for name in sorted(names[gt])]
+
     def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
         what = f"option datasets: {self.opt['name']}: dataroot_"
+        template = self.opt["filename_tmpl"]
+        try:
+            template.format("a")
+        except (LookupError, ValueError, AttributeError) as err:
+            raise UserError(
+                f"option datasets: {self.opt['name']}: filename_tmpl {template!r}: one {{}} is expected, for the name"
+            ) from err
         degraded = images_by_stem(lq, f"{what}lq")
         if self.opt.get("meta_info_file"):
             try:
                 with open(self.opt["meta_info_file"], encoding="utf-8") as file:
                     names = [line.split(" ")[0].strip() for line in file if line.strip()]
-            except OSError as err:
-                raise UserError(f"meta_info_file {self.opt['meta_info_file']} cannot be read: {err.strerror}") from err
+            except (OSError, UnicodeDecodeError) as err:
+                reason = getattr(err, "strerror", None) or "it is no text"
+                raise UserError(f"meta_info_file {self.opt['meta_info_file']} cannot be read: {reason}") from err
             if not names:
                 raise UserError(f"meta_info_file {self.opt['meta_info_file']} names no image")
         else:
@@ -186,7 +267,7 @@ class PairedRestorationDataset(Dataset):
         pairs = []
         for name in names:
             folder, base = os.path.split(os.path.splitext(name)[0])
-            partner = f"{folder}/" * bool(folder) + self.opt["filename_tmpl"].format(base)
+            partner = f"{folder}/" * bool(folder) + template.format(base)
             if partner not in degraded:
                 raise UserError(
                     f"{os.path.join(gt, name)} has no partner {partner}.* in {lq}; {did_you_mean(partner, degraded)}"

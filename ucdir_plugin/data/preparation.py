@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Callable, NamedTuple, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Callable, NamedTuple, Sequence
 
 import cv2
+import lmdb
 import numpy as np
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+from PIL import Image
 from tqdm import tqdm
 
+from ucdir_plugin.data.paired_dataset import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.errors import UserError, WriteError, at_least_one
 from ucdir_plugin.files import write_atomically
@@ -55,14 +61,51 @@ def write_png(image: np.ndarray, path: str) -> None:
 
 
 def middle_square(path: str, size: int) -> list:
-    """The image's middle square, scaled by area to ``size``: [(size, size, 3) BGR uint8]."""
-    image = read_photo(path, MAX_PIXELS).pixels[..., ::-1]
+    """The image's middle square, scaled to ``size`` as DGP and DDRM do: [(size, size, 3) BGR uint8].
+
+    That is torchvision's ``center_crop`` and ``Resize`` of a Pillow image: bilinear, averaging where it shrinks.
+
+    Raises:
+        UserError: if it cannot be read, or has not 8 bits.
+    """
+    image = read_photo(path, MAX_PIXELS).pixels
     if image.dtype != "uint8":
         raise UserError(f"image {path} is of type {image.dtype}: 8 bits are expected")
     side = min(image.shape[:2])
-    top, left = ((n - side) // 2 for n in image.shape[:2])
-    cut = image[top : top + side, left : left + side].copy()
-    return [cv2.resize(cut, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)]
+    top, left = (round((n - side) / 2) for n in image.shape[:2])
+    cut = Image.fromarray(image[top : top + side, left : left + side])
+    return [np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))[..., ::-1]]
+
+
+def same_settings(folder: str, **settings: Any) -> None:
+    """Keep in ``folder`` with which settings it was prepared, so that files of others are not taken for finished.
+
+    Raises:
+        UserError: if it was prepared with others.
+        WriteError: if it cannot be written.
+    """
+    path = os.path.join(folder, "prepared.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+    except FileNotFoundError:
+        write_atomically(json.dumps(settings).encode(), path)
+        return
+    except (OSError, ValueError) as err:
+        raise UserError(f"{path} cannot be read: remove the folder to prepare it again") from err
+    for key, value in settings.items():
+        if before.get(key) != value:
+            was, now = (f"no --{key}" if v is None else f"--{key} {v:g}" for v in (before.get(key), value))
+            raise UserError(f"{folder} was prepared with {was}, not {now}: name another --out, or remove the folder")
+
+
+def _check_targets(tasks: Sequence[Task]) -> None:
+    sources: dict[str, str] = {}
+    for task in tasks:
+        for target in task.targets:
+            other = sources.setdefault(target, task.source)
+            if other != task.source:
+                raise UserError(f"{other} and {task.source} would both become {target}: rename one of them")
 
 
 def _run(task: Task) -> None:
@@ -82,8 +125,12 @@ def prepare(tasks: Sequence[Task], workers: int = 0) -> int:
         exit code: 0, or 1 if some sources could not be used; each is named.
 
     Raises:
+        UserError: if two sources would become one file; if a process was killed.
         WriteError: at the first file that cannot be written, as on a full disk; what is finished stays.
     """
+    if workers < 0:
+        raise UserError(f"--workers must be 0 (one for each core) or more, got {workers}")
+    _check_targets(tasks)
     todo = [task for task in tasks if not all(os.path.isfile(target) for target in task.targets)]
     failed: dict[str, str] = {}
     workers = min(workers or os.cpu_count() or 1, len(todo))
@@ -106,6 +153,11 @@ def prepare(tasks: Sequence[Task], workers: int = 0) -> int:
                 raise
             except UserError as err:
                 failed[task.source] = str(err)
+            except (BrokenProcessPool, MemoryError) as err:
+                raise UserError(
+                    "a process ended before its work was done, perhaps for lack of memory; what is finished stays:"
+                    f" run again, with fewer --workers than {workers}"
+                ) from err
     for source in sorted(failed):
         print(f"failed: {failed[source]}", file=sys.stderr)
     done = sum(len(task.targets) for task in todo if task.source not in failed)
@@ -146,7 +198,7 @@ def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | 
     positions: list[tuple[int, int]] = []
     if crop:
         height, width = image_size(next(iter(next(iter(pairs.values())).values())))
-        starts = [crop_positions(n, crop, step or max(crop // 2, 1)) for n in (height, width)]
+        starts = [crop_positions(n, crop, step or default_step(crop)) for n in (height, width)]
         positions = [(y, x) for y in starts[0] for x in starts[1]]
         if not positions:
             raise UserError(f"--crop {crop} is larger than the images, {width}x{height}")
@@ -187,6 +239,16 @@ def check_pair_arguments(args: argparse.Namespace) -> None:
     at_least_one(**{f"--{key}": getattr(args, key) for key in ("crop", "step") if getattr(args, key) is not None})
 
 
+def pair_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`same_settings` compares of :func:`add_pair_arguments`."""
+    return {"crop": args.crop, "step": args.step or default_step(args.crop) if args.crop else None}
+
+
+def default_step(crop: int) -> int:
+    """From one square to the next: half of it."""
+    return max(crop // 2, 1)
+
+
 def make_pair_lmdbs(out: str) -> None:
     """BasicSR's LMDBs of the training pairs below ``out``."""
     for kind in ("lq", "gt"):
@@ -196,18 +258,32 @@ def make_pair_lmdbs(out: str) -> None:
 def make_lmdb(folder: str) -> None:
     """BasicSR's LMDB ``FOLDER.lmdb`` of the images in a folder; under another name until it is complete.
 
-    Raises:
-        UserError: if it is there already.
-    """
-    from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+    One that is there, of images of these names, is kept.
 
+    Raises:
+        UserError: if the one that is there is of others; for a name that BasicSR's LMDBs cannot have.
+        WriteError: if it cannot be written.
+    """
     target, unfinished = f"{folder}.lmdb", f"{folder}.unfinished.lmdb"
-    if os.path.exists(target):
-        raise UserError(f"{target} is there already: remove it to make it again")
-    shutil.rmtree(unfinished, ignore_errors=True)
     names = list_images(folder, "the folder of an LMDB")
-    make_lmdb_from_imgs(folder, unfinished, names, [os.path.splitext(name)[0] for name in names])
-    os.replace(unfinished, target)
+    keys = [os.path.splitext(name)[0] for name in names]
+    if os.path.exists(target):
+        if read_lmdb_names(target).keys() != set(keys):
+            raise UserError(f"{target} is there already, and of other images: remove it to make it again")
+        print(f"{target} was there")
+        return
+    foreign = next((name for name in names if not name.isascii()), None)
+    if foreign is not None:
+        raise UserError(f"{os.path.join(folder, foreign)}: BasicSR's LMDBs take ASCII names only; rename it")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # BasicSR's own guess is ten times the first image: too little where that one is dark.
+    size = sum(os.path.getsize(os.path.join(folder, name)) + 8192 for name in names)
+    try:
+        make_lmdb_from_imgs(folder, unfinished, names, keys, map_size=4 * size + 2**24)
+        os.replace(unfinished, target)
+    except (lmdb.Error, OSError) as err:
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free / 2**20
+        raise WriteError(f"cannot write {target}: {err} ({free:.0f} MB free)") from err
 
 
 def developed(
@@ -216,10 +292,10 @@ def developed(
     """A raw file's half-size sRGB or squares of it, all of them ``copies`` times (for as many short exposures).
 
     Raises:
-        UserError: if it cannot be developed, or is smaller than a square's end.
+        UserError: if it cannot be developed, or is of another size than the squares cover.
     """
     image = develop(path, ratio, bits)
-    if positions and max(y for y, _ in positions) + crop != image.shape[0]:
+    if positions and tuple(max(axis) + crop for axis in zip(*positions)) != image.shape[:2]:
         raise UserError(f"raw file {path} is of another size than the first: leave out --crop")
     return [image[y : y + crop, x : x + crop] for y, x in positions] * copies or [image] * copies
 
@@ -239,7 +315,7 @@ def sid_tasks(
     positions: tuple[tuple[int, int], ...] = ()
     if crop:
         height, width = develop(pairs[0].long, bits=8).shape[:2]
-        starts = [crop_positions(n, crop, step or max(crop // 2, 1)) for n in (height, width)]
+        starts = [crop_positions(n, crop, step or default_step(crop)) for n in (height, width)]
         positions = tuple((y, x) for y in starts[0] for x in starts[1])
         if not positions:
             raise UserError(f"--crop {crop} is larger than the images, {width}x{height}")

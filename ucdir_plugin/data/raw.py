@@ -77,11 +77,25 @@ def read_pairs(list_file: str, root: str, ratio: tuple[float, float] | None = No
     return pairs
 
 
+def _camera_crop(image: np.ndarray, sizes: Any) -> np.ndarray:
+    """The camera's own picture of the half-size image of all pixels that see light, upright; all where it names none.
+
+    Libraw keeps a border that cameras cut off: of SID's Sony 4256x2848 pixels, of which the picture is 4240x2832.
+    """
+    if sizes.crop_width and sizes.crop_height:
+        top, left = (sizes.crop_top_margin - sizes.top_margin) // 2, (sizes.crop_left_margin - sizes.left_margin) // 2
+        bottom, right = top + sizes.crop_height // 2, left + sizes.crop_width // 2
+        if 0 <= top < bottom <= image.shape[0] and 0 <= left < right <= image.shape[1]:
+            image = image[top:bottom, left:right]
+    return np.rot90(image, {3: 2, 5: 1, 6: 3}.get(sizes.flip, 0))
+
+
 def develop(path: str, ratio: float = 1.0, bits: int = 16) -> np.ndarray:
     """Half-size sRGB of a raw file: black level, ``ratio``, camera white balance; no automatic brightness.
 
     The sensor's values above black are multiplied by ``ratio`` and cut at white, as if exposed longer. Libraw's default
-    curve (BT.709), as in the data set's own code; unlike there, white is the camera's, not the image's largest value.
+    curve (BT.709), as in the data set's own code; unlike there, white is the camera's, not the image's largest value,
+    and what the camera's metadata cut off is cut off (which makes SID's 2120x1416, as in the paper).
 
     Returns:
         (H / 2, W / 2, 3) BGR, uint8 or uint16 by ``bits``.
@@ -96,14 +110,20 @@ def develop(path: str, ratio: float = 1.0, bits: int = 16) -> np.ndarray:
             pattern = raw.raw_pattern
             if pattern is None or pattern.shape != (2, 2) or raw.num_colors != 3:
                 raise UserError(f"raw file {path}: its sensor has no Bayer pattern; only those are read")
-            pixels = raw.raw_image_visible
+            pixels, sizes = raw.raw_image_visible, raw.sizes  # its flip becomes the one below
             if ratio != 1:
                 black = np.asarray(raw.black_level_per_channel, np.float32)[raw.raw_colors_visible]
                 amplified = (pixels - black) * np.float32(ratio) + black
                 pixels[:] = np.clip(np.round(amplified), 0, raw.white_level).astype(pixels.dtype)
             image = raw.postprocess(
-                use_camera_wb=True, half_size=True, no_auto_bright=True, output_bps=bits, adjust_maximum_thr=0.0
+                use_camera_wb=True,
+                half_size=True,
+                no_auto_bright=True,
+                output_bps=bits,
+                adjust_maximum_thr=0.0,
+                user_flip=0,
             )
+            image = _camera_crop(image, sizes)
     except (rawpy.LibRawError, OSError) as err:
         reason = err.args[0].decode() if err.args and isinstance(err.args[0], bytes) else err
         raise UserError(f"raw file {path} cannot be read: it is damaged, cut short or no raw file ({reason})") from err

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ucdir_plugin.data.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
-from ucdir_plugin.data.paired_dataset import check_crop, option, to_sample
+from ucdir_plugin.data.paired_dataset import check_crop, constant, option, to_sample
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.registry import register
 
@@ -39,6 +39,10 @@ class RawPairDataset(Dataset):
         ratio = None if opt.get("ratio") is None else value_range(opt["ratio"], LIMITS["ratio"], where)
         self.pairs = read_pairs(option(opt, "meta_info_file"), option(opt, "dataroot_gt"), ratio)
 
+    @staticmethod
+    def tells(opt: dict) -> dict[str, tuple]:
+        return {**constant(opt), "ratio": ()}  # the list says which
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
         lq, gt = (
@@ -50,7 +54,8 @@ class RawPairDataset(Dataset):
             gt, lq = paired_random_crop(gt, lq, self.crop, 1, pair.long)
             gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
         condition = {**self.opt.get("condition", {}), "ratio": pair.ratio}
-        return to_sample({"lq": lq, "gt": gt}, {"lq": pair.short, "gt": pair.long}, pair.key, condition)
+        paths = {"lq": pair.short, "gt": pair.long}
+        return to_sample({"lq": lq, "gt": gt}, paths, f"{pair.key}.png", condition)  # as of the prepared image
 
     def __len__(self) -> int:
         return len(self.pairs)
