@@ -1,7 +1,7 @@
 """Degradations of images as functions, and chains of them declared in options.
 
-Images are (H, W, 3) float32 BGR in [0, 1] of any size, and keep it. What is random is drawn from a generator that the
-caller seeds.
+Images are (H, W, 3) float32 BGR in [0, 1] of any size, and all but ``block_mean`` keep it. What is random is drawn from
+a generator that the caller seeds.
 """
 
 from __future__ import annotations
@@ -78,6 +78,35 @@ def gray(image: np.ndarray) -> np.ndarray:
     return np.repeat(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)[..., None], 3, 2)
 
 
+def channel_mean(image: np.ndarray) -> np.ndarray:
+    """The mean of the three channels in all of them, which BIR-D's colorization undoes."""
+    return np.repeat(image.mean(2, keepdims=True), 3, 2)
+
+
+def block_mean(image: np.ndarray, factor: int) -> np.ndarray:
+    """Means over blocks: (H, W, 3) -> (H / factor, W / factor, 3); what fills no block is left out."""
+    height, width = (side // factor * factor for side in image.shape[:2])
+    blocks = image[:height, :width].reshape(height // factor, factor, width // factor, factor, -1)
+    return blocks.mean((1, 3)).astype(np.float32)
+
+
+def exposure(image: np.ndarray, gain: float) -> np.ndarray:
+    """Brighter or darker by a factor; what leaves [0, 1] is cut."""
+    return np.clip(image * np.float32(gain), 0, 1)
+
+
+def holes(image: np.ndarray, share: float, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Squares of ``size`` pixels at random places become NaN, until they are ``share`` of the image."""
+    image = image.copy()
+    height, width = image.shape[:2]
+    wanted = round(share * height * width)
+    while (missing := wanted - int(np.isnan(image[..., 0]).sum())) > 0:
+        side = min(size, max(1, math.isqrt(missing)))
+        top, left = (int(rng.integers(0, max(1, extent - side + 1))) for extent in (height, width))
+        image[top : top + side, left : left + side] = np.nan
+    return image
+
+
 def srgb_to_linear(image: np.ndarray) -> np.ndarray:
     """Inverse of sRGB's transfer function (IEC 61966-2-1), [0, 1] -> [0, 1]."""
     return np.where(image <= 0.04045, image / 12.92, ((np.maximum(image, 0) + 0.055) / 1.055) ** 2.4)
@@ -133,6 +162,10 @@ KINDS = {
     "resize": Kind(resize, {"scale": (0.01, 1.0)}),
     "jpeg": Kind(jpeg, {"quality": (1, 100)}),
     "gray": Kind(gray, {}),
+    "channel_mean": Kind(channel_mean, {}),
+    "exposure": Kind(exposure, {"gain": (0.0, 1000.0)}),
+    "block_mean": Kind(block_mean, {"factor": (1, 64)}),
+    "holes": Kind(holes, {"share": (0.0, 0.95), "size": (1, 10000)}, random=True),
 }
 
 
@@ -197,6 +230,10 @@ def chain(declared: Sequence[Mapping[str, Any]], where: str = "degradations") ->
             key: _of_type(value_range(entry[key], limits, f"{here}:{key}"), limits)
             for key, limits in known.limits.items()
         }
+        if any(step.kind is KINDS["holes"] for step in steps):
+            raise UserError(f"option {here}: holes must be the last: what they hide cannot be degraded further")
+        if known is KINDS["block_mean"] and (ranges["factor"][0] != ranges["factor"][1] or probability[0] != 1):
+            raise UserError(f"option {here}: a block_mean has one factor and is always applied: sizes would differ")
         before = sum(step.kind is known for step in steps)
         steps.append(Step(f"{kind}{before + 1}" if before else kind, known, ranges, probability[0]))
     return tuple(steps)
@@ -206,11 +243,17 @@ def _of_type(bounds: tuple[float, float], like: tuple[float, float]) -> tuple[fl
     return type(like[0])(bounds[0]), type(like[0])(bounds[1])
 
 
+def shrinks(steps: Sequence[Step]) -> int:
+    """By what a chain makes images smaller."""
+    return math.prod(int(step.ranges["factor"][0]) for step in steps if step.kind is KINDS["block_mean"])
+
+
 def degrade(steps: Sequence[Step], image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
     """Apply a chain.
 
     Returns:
-        the degraded image; the values drawn, by names such as ``noise_sigma``, NaN of a degradation left out.
+        the degraded image, NaN where it was not observed (``holes``); the values drawn, by names such as
+        ``noise_sigma``, NaN of a degradation left out.
     """
     values: dict[str, float] = {}
     for step in steps:

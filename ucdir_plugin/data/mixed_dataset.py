@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+import torch
+
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import Step, chain, degrade
+from ucdir_plugin.data.degradations import KINDS, Step, chain, degrade, shrinks
 from ucdir_plugin.data.paired_dataset import option, to_sample
+from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
 
 
@@ -20,19 +24,24 @@ class MixedDegradationDataset(CleanImages):
     """A folder of photographs, degraded in a declared order with values drawn from declared ranges.
 
     Each sample's ``condition`` holds the values drawn: ``blur_sigma``, ``jpeg_quality``, ... In a test they and the
-    noise of an image are a function of ``seed`` and its relative path.
+    noise of an image are a function of ``seed`` and its relative path. With ``holes``, ``known`` (1, H, W) is 0
+    in them, and the image black; with ``block_mean`` the true image is cut to whole blocks.
 
     Args:
         opt: those of :class:`~ucdir_plugin.data.clean_dataset.CleanImages`; ``degradations``, see
             :func:`ucdir_plugin.data.degradations.chain`; ``seed`` (0).
 
     Raises:
-        UserError: as CleanImages; for a degradation that does not exist, or values out of its limits.
+        UserError: as CleanImages; for a degradation that does not exist, or values out of its limits; for one in
+            training that changes the size or leaves holes.
     """
 
     def __init__(self, opt: dict):
         self.steps = _steps(opt)
         super().__init__(opt)
+        names = [step.name for step in self.steps if step.name.rstrip("0123456789") in ("holes", "block_mean")]
+        if self.train and names:
+            raise UserError(f"option datasets: {opt['name']}: {names[0]} is for tests of BIR-D; remove it")
 
     @staticmethod
     def tells(opt: dict) -> dict[str, tuple]:
@@ -44,6 +53,12 @@ class MixedDegradationDataset(CleanImages):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)
+        factor = shrinks(self.steps)
+        gt = gt[: len(gt) // factor * factor, : gt.shape[1] // factor * factor]
         lq, values = degrade(self.steps, gt, self.generator(index))
+        known = np.isfinite(lq[..., 0])
         condition = {**self.condition, **values}
-        return to_sample({"lq": lq, "gt": gt}, {"lq": path, "gt": path}, self.names[index], condition)
+        sample = to_sample({"lq": np.nan_to_num(lq), "gt": gt}, {"lq": path, "gt": path}, self.names[index], condition)
+        if any(step.kind is KINDS["holes"] for step in self.steps):
+            sample["known"] = torch.from_numpy(known).float().unsqueeze(0)
+        return sample

@@ -182,14 +182,14 @@ class LeastSquares:
         strong = window * (size > limit)
         cross = power = 0
         for g, h in zip(gx, hy):
-            g, h = torch.fft.fft2(strong * g), torch.fft.fft2(window * h)
+            g, h = torch.fft.rfft2(strong * g), torch.fft.rfft2(window * h)
             power = power + g.abs().square().sum(1)
             cross = cross + (g * h.conj()).sum(1)  # sum_i g[i + m] h[i]
         old = degradation.kernel.double().mean((1, 2))
         if self.covariance and sigma > 0:
             weight = window.square().sum()
             power = power + x.shape[1] * weight * _covariance(y, old, window, sigma, error)
-        auto, cross = torch.fft.ifft2(power).real, torch.fft.ifft2(cross).real
+        auto, cross = (torch.fft.irfft2(spectrum, s=(height, width)) for spectrum in (power, cross))
         kernel = self._solve(auto, cross, old)
         kernel = project_simplex(kernel, self.threshold).to(degradation.kernel)
         return degradation.learned(kernel[:, None, None].expand_as(degradation.kernel).clone(), degradation.mask)
@@ -224,7 +224,7 @@ def _gradients(image: torch.Tensor) -> List[torch.Tensor]:
 def _covariance(
     y: torch.Tensor, kernel: torch.Tensor, window: torch.Tensor, sigma: float, error: float
 ) -> torch.Tensor:
-    """Power spectrum of the gradients that the estimate of x_0 lacks: (B, H, W).
+    """Power spectrum of the gradients that the estimate of x_0 lacks, as of rfft2: (B, H, W // 2 + 1).
 
     With S(f) = a / (f^2 + (1/H)^2) fitted to y: V = S sigma^2 / (S + sigma^2) is what the denoiser leaves,
     1 / (|K|^2 / error^2 + 1 / V) what the data leave of it, and |D|^2 turns it into that of the gradients.
@@ -241,8 +241,10 @@ def _covariance(
     if not bool(band.any()):  # a small image
         band = (square > 0) & (square < 0.25**2)
     a = (square * seen)[:, band].mean(1).clamp(min=1e-12).view(-1, 1, 1)
+    fx = fx[: width // 2 + 1]
+    square = square[:, : width // 2 + 1]
     prior = a / (square + low**2)
     left = prior * sigma**2 / (prior + sigma**2)
-    gain = torch.fft.fft2(kernel, s=(height, width)).abs().square()
+    gain = torch.fft.rfft2(kernel, s=(height, width)).abs().square()
     rest = 1 / (gain / max(error, 1e-6) ** 2 + 1 / left)
     return rest * (4 - 2 * torch.cos(2 * math.pi * fy) - 2 * torch.cos(2 * math.pi * fx))

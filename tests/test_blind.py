@@ -1,0 +1,526 @@
+"""BIR-D as its users meet it: tools/restore.py, tools/test.py, the Python API; what is learned; what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import LQ_ONLY, assert_one_line_error, merged
+from scipy.ndimage import gaussian_filter
+from test_restore import files, read
+
+import ucdir_plugin
+from ucdir_plugin import blind, imageio
+from ucdir_plugin.data import degradations
+from ucdir_plugin.diffusion import guidance
+from ucdir_plugin.diffusion.degradation import (
+    BlockMean,
+    ChannelMean,
+    Compose,
+    Degradation,
+    HoleMask,
+    Operator,
+    start_kernel,
+)
+from ucdir_plugin.diffusion.guidance import Observation
+from ucdir_plugin.diffusion.kernel import Gradient, LeastSquares, gaussian_smooth
+from ucdir_plugin.diffusion.noise import normal
+from ucdir_plugin.diffusion.tasks import TASKS, exposure_gains, preset, unsaturated
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.options import check_options
+
+TEST = {
+    "name": "b",
+    "model_type": "BIRDModel",
+    "bird": {"settings": {"steps": 2}},
+    "datasets": {"val": LQ_ONLY},
+    "val": {"metrics": {"psnr": {"type": "calculate_psnr", "crop_border": 0}}},
+}
+DARK = {"name": "val", "type": "MixedDegradationDataset", "dataroot_gt": "photos"}
+
+
+def run(place, task: str, *args: str, source: str | None = "photos/coffee.png", target: str = "out"):
+    given = () if source is None else ("-i", source)
+    return place.run("restore.py", "--model", "bird", "--task", task, *given, "-o", target, "--steps", "2", *args)
+
+
+def ok(done):
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def write(path: str, image: np.ndarray) -> None:
+    """RGB in [0, 1], (H, W, 3)."""
+    assert cv2.imwrite(path, (image[..., ::-1].clip(0, 1) * 255).round().astype(np.uint8))
+
+
+@pytest.fixture
+def scene(place):
+    """A photograph, and what the tasks see of it."""
+    x = read("photos/coffee.png")[..., ::-1].astype(np.float64) / 255
+    write("truth.png", x)
+    write("dark.png", x * 0.2)
+    for number, gain in enumerate((0.3, 1.0, 2.0)):
+        write(f"e{number}.png", x * gain)
+    holes = np.zeros_like(x)
+    holes[10:16, 8:15] = 1
+    write("holes.png", holes)
+    write("holed.png", x * (1 - holes))
+    return place
+
+
+TASK_ARGS = {
+    "inpaint": ("holed.png", ("--mask", "holes.png")),
+    "lowlight": ("dark.png", ()),
+    "hdr": (None, ("--observations", "e0.png", "e1.png", "e2.png")),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_from_the_command_line(scene, task):
+    source, more = TASK_ARGS.get(task, ("photos/coffee.png", ()))
+    ok(run(scene, task, *more, source=source))
+    name = Path(source or "e0.png").stem
+    seen = [f"{name}.degraded{n}.png" for n in (1, 2, 3)] if task == "hdr" else [f"{name}.degraded.png"]
+    assert files("out") == sorted([f"{name}.{e}" for e in ("json", "png", "learned.npz", "learned.png")] + seen)
+    record = json.loads(Path(f"out/{name}.json").read_text())
+    assert record["outputs"][0] == f"{name}.png" and record["nfe"] == 2
+    assert record["settings"]["task"] == task and record["settings"]["weights"] == "ffdnet_color.pth"
+    result, scale = read(f"out/{name}.png"), 4 if task == "sr4" else 1
+    truth = read("truth.png")
+    assert result.shape == (truth.shape[0] * scale, truth.shape[1] * scale, 3)
+    with np.load(f"out/{name}.learned.npz") as found:
+        arrays = dict(found)
+    observations = len(seen)
+    size = 15 if TASKS[task].blind and TASKS[task].simplex else TASKS[task].kernel_size
+    assert arrays["kernel"].shape == (observations, 3, 1, size, size)
+    assert arrays["kernels"].shape == (2, *arrays["kernel"].shape)
+    np.testing.assert_array_equal(arrays["kernels"][-1], arrays["kernel"])
+    np.testing.assert_allclose(arrays["kernel_sum"], arrays["kernels"].sum((3, 4, 5)), rtol=1e-6)
+    for key in ("loss", "scale", "mask_mean"):
+        assert arrays[key].shape == (2, observations)
+    assert arrays["sigma"].shape == (2,) and arrays["sigma"][0] > arrays["sigma"][1]
+    assert ("mask" in arrays) == TASKS[task].mask
+    # The re-degraded output is K * result + M, seen through A, up to the border that is cut off and rounding.
+    image = imageio.to_tensor(imageio.read_photo(f"out/{name}.png", 10**6))
+    known = None
+    if task == "inpaint":
+        known = blind.read_mask("holes.png", truth.shape[:2])
+    half = size // 2
+    for number, file in enumerate(seen):
+        d = Degradation(torch.from_numpy(arrays["kernel"][number])[None], None, TASKS[task].operator(known), "reflect")
+        again = d(image)
+        if "mask" in arrays:
+            again = again + torch.from_numpy(arrays["mask"][number])
+        shown = imageio.to_tensor(imageio.read_photo(f"out/{file}", 10**6))
+        assert shown.shape[-2:] == again.shape[-2:]
+        inner = (..., slice(half, -half), slice(half, -half))
+        error = (shown - again.clamp(0, 1).expand_as(shown))[inner].abs()
+        assert float(error.max()) < 0.02 and float(error.mean()) < 4e-3
+    assert read(f"out/{name}.learned.png").shape[2] in (3, 4)
+
+
+def test_the_restored_image_is_better(place):
+    """A blurred photograph, blind, in all 16 steps; and the kernel is what blurred it."""
+    truth = cv2.imread(str(Path(place.folder, "photos", "coffee.png")))
+    import skimage.data
+
+    truth = skimage.data.coffee()[80:240, 200:360].astype(np.float32) / 255
+    rng = np.random.default_rng(0)
+    write("blurred.png", degradations.noise(degradations.motion_blur(truth, 9, 0), 2, rng))
+    ok(place.run("restore.py", "--model", "bird", "--task", "motion", "-i", "blurred.png", "-o", "out"))
+
+    def psnr(path: str) -> float:
+        image = read(path)[..., ::-1].astype(np.float64) / 255
+        return -10 * math.log10(np.square(image - truth).mean())
+
+    assert psnr("out/blurred.png") > psnr("blurred.png") + 2
+    kernel = np.load("out/blurred.learned.npz")["kernel"][0, 0, 0]
+    assert kernel[7].sum() > 0.6  # the row that the motion is along
+    assert kernel[7, 3:12].min() > 0.02
+
+
+def test_test_py_does_what_restore_py_does(place):
+    path = place.write(merged(TEST, {"bird": {"task": "blind"}}))
+    ok(place.run("test.py", "-opt", path))
+    ok(run(place, "blind", source="photos"))
+    for name in ("astronaut", "chelsea", "coffee"):
+        tested = f"results/b/visualization/val/{name}_b.png"
+        np.testing.assert_array_equal(read(f"out/{name}.png"), read(tested))
+        with (
+            np.load(f"out/{name}.learned.npz") as a,
+            np.load(f"results/b/visualization/val_learned/{name}.learned.npz") as b,
+        ):
+            assert set(a) == set(b)
+            for key in a:
+                np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("task", ["sr4", "inpaint", "colorize", "multi", "lowlight"])
+def test_test_py_measures_made_degradations(place, task):
+    chain = {
+        "sr4": [{"type": "block_mean", "factor": 4}],
+        "inpaint": [{"type": "noise", "sigma": 2}, {"type": "holes", "share": 0.2, "size": 4}],
+        "colorize": [{"type": "channel_mean"}],
+        "multi": [{"type": "blur", "sigma": 1.0}, {"type": "channel_mean"}],
+        "lowlight": [{"type": "exposure", "gain": 0.2}],
+    }[task]
+    path = place.write(merged(TEST, {"bird": {"task": task}, "datasets": {"val": {**DARK, "degradations": chain}}}))
+    path = place.write(
+        {**TEST, "bird": {"task": task, "settings": {"steps": 2}}, "datasets": {"val": {**DARK, "degradations": chain}}}
+    )
+    ok(place.run("test.py", "-opt", path))
+    mean = json.loads(Path("results/b/metrics_val.json").read_text())["mean"]
+    guessed = task in ("sr4", "inpaint", "colorize", "multi")
+    assert ("initial" in mean) == guessed
+    if task in ("inpaint", "lowlight"):
+        assert mean["restored"]["psnr"] > mean["input"]["psnr"] + 3
+
+
+def test_two_processes_restore_as_one(place):
+    path = place.write(TEST)
+    ok(place.run("test.py", "-opt", path))
+    one = Path("results/b/metrics_val.csv").read_text()
+    learned = Path("results/b/visualization/val_learned/coffee.learned.npz").read_bytes()
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533")
+    done = place.run("test.py", "-opt", path, "--launcher", "pytorch", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Path("results/b/metrics_val.csv").read_text() == one
+    a, b = (dict(np.load(f)) for f in ("results/b/visualization/val_learned/coffee.learned.npz",) * 2)
+    assert len(learned) and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_one_bad_image_does_not_stop_the_others(place):
+    cv2.imwrite("photos/black.png", np.zeros((40, 40, 3), np.uint8))
+    done = run(place, "blind", source="photos")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "failed: black.png: " in done.stderr and "all pixels are equal" in done.stderr
+    assert {"astronaut.png", "chelsea.png", "coffee.png"} <= set(files("out")) and "black.png" not in files("out")
+    done = place.run("test.py", "-opt", place.write(TEST))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    table = json.loads(Path("results/b/metrics_val.json").read_text())
+    assert [row["image"] for row in table["images"]] == ["astronaut.png", "chelsea.png", "coffee.png"]
+    assert "all pixels are equal" in table["failed"]["black.png"] and "failed, in no mean: black.png" in done.stdout
+
+
+def test_a_lost_scale_stops_its_image_alone(place):
+    """The release's recipe in four steps loses its numbers on some images: those are named, no NaN is written."""
+    options = merged(TEST, {"bird": {"preset": "paper", "settings": {"data": {"scale": {"denominator": "x0"}}}}})
+    options["bird"]["settings"]["kernel"] = {"rate": 1e6}
+    done = place.run("test.py", "-opt", place.write(options))
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert "non-finite" in done.stdout + done.stderr
+
+
+def test_samples(place):
+    ok(run(place, "blind", "--samples", "2"))
+    names = {"coffee_sample1", "coffee_sample2"}
+    expected = {f"{n}.{e}" for n in names for e in ("png", "learned.npz", "learned.png", "degraded.png")}
+    assert set(files("out")) == expected | {"coffee_mean.png", "coffee_spread.png", "coffee.json"}
+    assert not np.array_equal(read("out/coffee_sample1.png"), read("out/coffee_sample2.png"))
+    one, two = (np.load(f"out/{n}.learned.npz")["loss"] for n in sorted(names))
+    assert not np.array_equal(one, two)
+
+
+def test_names_and_what_is_there_already(place):
+    ok(run(place, "blind"))
+    first = read("out/coffee.png")
+    assert "1 finished before" in ok(run(place, "blind")).stdout
+    Path("out/coffee.json").unlink()
+    assert_one_line_error(run(place, "blind"), "coffee", "is there already", "--overwrite")
+    ok(run(place, "blind", "--overwrite"))
+    np.testing.assert_array_equal(read("out/coffee.png"), first)
+
+
+def test_patches_equal_the_whole_image(place):
+    """FFDNet is local and says how far it looks: everything but the prior sees the whole image anyway."""
+    image = np.random.default_rng(0).integers(0, 256, (150, 131, 3))
+    write("large.png", gaussian_filter(image, (2, 2, 0)) / 255)
+    ok(run(place, "blind", "--tile", "0", source="large.png"))
+    ok(run(place, "blind", "--tile", "96", source="large.png", target="tiled"))
+    assert json.loads(Path("tiled/large.json").read_text())["patches"] > 1
+    assert np.abs(read("tiled/large.png").astype(int) - read("out/large.png")).max() <= 1
+    kernels = [np.load(f"{folder}/large.learned.npz")["kernel"] for folder in ("out", "tiled")]
+    np.testing.assert_allclose(*kernels, atol=1e-4)
+
+
+def test_a_gray_photograph_gets_colours_only_where_the_task_gives_them(place):
+    gray = read("photos/coffee.png").mean(2).round().astype(np.uint8)
+    cv2.imwrite("gray.png", gray)
+    ok(run(place, "colorize", source="gray.png"))
+    ok(run(place, "blind", source="gray.png", target="plain"))
+    assert read("out/gray.png").shape == (*gray.shape, 3) and read("plain/gray.png").shape == gray.shape
+
+
+def test_first_stage(place):
+    """Images that are there already, or a model: as the start, and as what is restored."""
+    Path("first").mkdir()
+    truth = read("photos/coffee.png")
+    cv2.imwrite("first/coffee.png", truth)
+    cv2.imwrite("blurred.png", cv2.GaussianBlur(truth, (0, 0), 2.0))
+    Path("blurred.png").rename("coffee.png")
+    options = {**TEST, "bird": {"first_stage": {"images": "first", "use": "start"}, "settings": {"steps": 1}}}
+    options["bird"]["settings"].update(sigma_start=0.002, sigma_end=0.002)
+
+    def restored(use: str, **more) -> np.ndarray:
+        stage = {"images": "first", "use": use, **more}
+        opt = place.write(merged(options, {"bird": {"first_stage": stage}}))
+        ok(place.run("restore.py", "-opt", opt, "-i", "coffee.png", "-o", use))
+        return read(f"{use}/coffee.png").astype(float)
+
+    def error(image: np.ndarray, other: np.ndarray) -> float:
+        return float(np.abs(image - other)[4:-4, 4:-4].mean())
+
+    blurred = read("coffee.png").astype(float)
+    plain = merged(options, {"bird": {"first_stage": None}})
+    ok(place.run("restore.py", "-opt", place.write(plain), "-i", "coffee.png", "-o", "plain"))
+    without = read("plain/coffee.png").astype(float)
+    assert error(without, blurred) < 2 < error(truth, blurred)
+    # t* is so small that hardly anything but the start and the data decide.
+    assert error(restored("start"), truth) < error(without, truth)
+    both = restored("both")
+    assert error(both, truth) < 2 and error(restored("target"), truth) < 2  # K is a delta and y the truth
+    model = merged(options, {"bird": {"first_stage": {"images": None, "model": "options.yml"}}})
+    ok(place.run("restore.py", "-opt", place.write(model, "m.yml"), "-i", "coffee.png", "-o", "model"))
+    assert error(read("model/coffee.png").astype(float), without) > 1  # random weights: another start
+    small = merged(options, {"bird": {"first_stage": {"images": "small.png"}}})
+    cv2.imwrite("small.png", truth[:20])
+    assert_one_line_error(
+        place.run("restore.py", "-opt", place.write(small), "-i", "coffee.png", "-o", "o"), "first stage", "is needed"
+    )
+
+
+def test_the_python_api(place):
+    model = ucdir_plugin.load_model("bird", bird={"task": "motion"}, sampling={"steps": 2, "kernel_size": 9})
+    found = ucdir_plugin.restore("photos/coffee.png", model)
+    assert found.learned.kernel[0].shape == (3, 1, 9, 9) and found.image.shape == read("photos/coffee.png").shape
+    assert found.initial is None and found.info["nfe"] == 2
+    array = imageio.read_photo("photos/coffee.png", 10**6).pixels
+    again = ucdir_plugin.restore(array, model, key="coffee.png")
+    np.testing.assert_array_equal(again.image, found.image)
+    assert ucdir_plugin.restore(array, model, key="other").image.tobytes() != found.image.tobytes()
+
+
+BAD = {
+    "task": (["--task", "blindd"], "did you mean 'blind'"),
+    "preset": (["--preset", "defaut"], "did you mean 'default'"),
+    "prior": (["--prior", "ffdnett"], "did you mean 'ffdnet'"),
+    "setting": (["--set", "stepz=3"], "did you mean 'steps'"),
+    "value": (["--set", "inner=many"], "bird:settings:inner"),
+    "kernel": (["--set", "kernel_size=8"], "odd size"),
+    "class": (["--set", "data={type: Prox}"], "Proximal"),
+    "nested": (["--set", "data={nois: 1}"], "did you mean 'noise'"),
+    "no mapping": (["--set", "data=3"], "a mapping is expected"),
+    "noise": (["--noise", "-1"], "noise"),
+    "noise of gradient": (["--noise", "3", "--preset", "guided"], "no meaning"),
+    "steps": (["--steps", "0"], "steps"),
+    "steps of prior": (["--set", "levels=uniform", "--steps", "500"], "levels"),
+    "start": (["--set", "start=noise"], "cannot start from pure noise"),
+    "sigma": (["--set", "sigma_start=0.5"], "more than the prior's"),
+    "mask": (["--mask", "photos/coffee.png"], "only the task inpaint"),
+    "blend": (["--blend", "0.5"], "blend has no meaning"),
+    "sampler": (["--sampler", "ddim"], "sampler has no meaning"),
+    "condition": (["--condition", "quality=3"], "BIR-D is told nothing"),
+    "dtype": (["--dtype", "bf16"], "dtype has no meaning"),
+    "tile": (["--tile", "8"], "too small"),
+    "observation": (["--observations", "missing.png"], "missing.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_get_one_line(place, name):
+    args, words = BAD[name]
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    cv2.imwrite("big.png", image)
+    assert_one_line_error(run(place, "blind", *args, source="big.png"), words)
+    assert not Path("out").exists() or not files("out")
+
+
+def test_bad_companions_get_one_line(scene):
+    cv2.imwrite("odd.png", np.zeros((5, 5, 3), np.uint8))
+    cv2.imwrite("white.png", np.full(read("truth.png").shape, 255, np.uint8))
+    assert_one_line_error(run(scene, "inpaint"), "--mask")
+    assert_one_line_error(run(scene, "inpaint", "--mask", "odd.png"), "5x5", "one size")
+    assert_one_line_error(run(scene, "inpaint", "--mask", "white.png"), "leaves nothing")
+    assert_one_line_error(run(scene, "inpaint", "--mask", "nowhere"), "nowhere does not exist")
+    assert_one_line_error(run(scene, "hdr", "--observations", "odd.png", source="e1.png"), "different sizes", "5x5")
+    Path("masks").mkdir()
+    cv2.imwrite("masks/else.png", read("holes.png"))
+    assert_one_line_error(run(scene, "inpaint", "--mask", "masks", source="holed.png"), "holed.*", "masks")
+    assert_one_line_error(scene.run("restore.py", "--model", "bird", "-o", "out"), "-i is missing")
+    done = scene.run("restore.py", "-opt", "options.yml", "--task", "blind", "-i", "truth.png", "-o", "out")
+    assert_one_line_error(done, "task", "--model bird")
+
+
+BAD_OPTIONS = {
+    "network_g has no meaning": {"network_g": {"type": "UCDIRDenoiser"}},
+    "train has no meaning": {"train": {"total_iter": 1}},
+    "did you mean 'task'": {"bird": {"tusk": "blind"}},
+    "a kernel is square": {"bird": {"blur": {"file": "wide.npy"}}},
+    "cannot be read": {"bird": {"blur": {"file": "none.npy"}}},
+    "there is no 'gauss'": {"bird": {"blur": {"type": "gauss"}}},
+    "has the numbers sigma": {"bird": {"blur": {"type": "gaussian"}}},
+    "makes images 4 times": {"bird": {"task": "sr4"}, "scale": 2},
+    "give model": {"bird": {"first_stage": {"use": "start"}}},
+    "go with model": {"bird": {"first_stage": {"images": "a", "weights": "b"}}},
+    "bird:blur has no meaning": {"bird": {"task": "lowlight", "blur": {"type": "gaussian", "sigma": 2}}},
+    "ablation models are of gradient": {"bird": {"ablation": "A"}},
+}
+
+
+@pytest.mark.parametrize("words", BAD_OPTIONS)
+def test_bad_options_get_one_line(place, words):
+    np.save("wide.npy", np.ones((3, 5)))
+    options = merged(TEST, BAD_OPTIONS[words])
+    done = place.run("restore.py", "-opt", place.write(options), "-i", "photos/coffee.png", "-o", "out")
+    assert_one_line_error(done, words)
+
+
+def test_it_cannot_be_trained(place):
+    train = {"name": "t", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": 10, "gt_size": 16}
+    options = merged(TEST, {"datasets": {"train": train}})
+    assert_one_line_error(place.run("train.py", "-opt", place.write(options)), "train")
+
+
+def test_settings_are_changed_by_name():
+    base = preset("guided", "blind")
+    new = blind.changed(base, {"steps": 7, "data": {"colour": 0.5, "scale": {"type": "FixedScale", "eta": 0.25}}}, "w")
+    assert new.steps == 7 and new.data.colour == 0.5 and new.data.scale == guidance.FixedScale(None, 0.25)
+    assert replace(new, steps=base.steps, data=base.data) == base
+    assert blind.changed(preset("default"), {"kernel": {"type": "Gradient", "rate": 0.1}}, "w").kernel == Gradient(0.1)
+    assert blind.changed(preset("default"), {"kernel": {"ridge": 0.1}}, "w").kernel == LeastSquares(ridge=0.1)
+    with pytest.raises(UserError, match="w:data:scale:type"):
+        blind.changed(base, {"data": {"scale": {"type": "Adaptive"}}}, "w")
+
+
+def test_a_known_blur_is_what_it_says(tmp_path):
+    kernel = blind.known_kernel({"type": "gaussian", "sigma": 1.5})
+    expected = gaussian_filter(np.eye(1, 11 * 11, 60).reshape(11, 11), 1.5, truncate=5 / 1.5 + 0.01)[1:-1, 1:-1]
+    assert kernel.shape[-1] == 2 * math.ceil(4.5) + 1
+    image = torch.rand(1, 3, 20, 20)
+    want = degradations.blur(image[0].permute(1, 2, 0).numpy(), 1.5)
+    d = Degradation(kernel)
+    np.testing.assert_allclose(d(image)[0].permute(1, 2, 0).numpy(), want, atol=1e-6)
+    assert abs(float(kernel[0, 0, 0, 5, 5]) - expected.max()) < 0.01
+    np.save(tmp_path / "k.npy", np.outer([1, 2, 1], [1, 2, 1]))
+    found = blind.known_kernel({"file": str(tmp_path / "k.npy")})
+    torch.testing.assert_close(found[0, 0, 0], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16)
+
+
+def test_a_known_blur_restores_better_than_an_unknown_one():
+    truth = torch.tanh(normal((1, 3, 48, 48), 3)) * 0.5 + 0.5
+    truth = gaussian_smooth(truth, 1.0)
+    blur = {"type": "motion", "length": 7, "angle": 0}
+    options = {"name": "b", "model_type": "BIRDModel", "bird": {"blur": blur, "task": "motion"}}
+    device = torch.device("cpu")
+    y = Degradation(blind.known_kernel(blur))(truth)
+
+    def error(changes: dict) -> float:
+        opt = check_options(merged(options, {"bird": changes}), False)
+        found = blind.from_options(opt, device).solve([y], ["a"])
+        return float(((found.image + 1) / 2 - truth)[..., 8:-8, 8:-8].square().mean() ** 0.5)
+
+    assert error({}) < error({"blur": None})
+
+
+@pytest.mark.parametrize("operator", ["identity", "blocks", "mean", "holes", "all"])
+@pytest.mark.parametrize("padding", ["valid", "zeros", "reflect"])
+@pytest.mark.parametrize("size", [3, 5, 9])
+def test_blurs_by_fft_equal_direct_ones(size, padding, operator):
+    """maps() against the convolution and its adjoint by automatic differentiation, an own kernel for each image."""
+    kernel = torch.rand(2, 3, 1, size, size, dtype=torch.float64)
+    side = (24, 36) if padding != "valid" else (24 + size - 1, 36 + size - 1)
+    holes = HoleMask((torch.rand(2, 1, 24, 36) > 0.3).double())
+    found = {
+        "identity": Operator(),
+        "blocks": BlockMean(2),
+        "mean": ChannelMean(),
+        "holes": holes,
+        "all": Compose([ChannelMean(), holes]),
+    }[operator]
+    d = Degradation(kernel, torch.rand(2, 1, 24, 36).double(), found, padding)
+    x = torch.rand(2, 3, *side, dtype=torch.float64)
+    forward, adjoint = d.maps(x)
+    y = d.linear()(x)
+    torch.testing.assert_close(forward(x), y, rtol=0, atol=1e-9)
+    v = torch.rand_like(y)
+    torch.testing.assert_close(adjoint(v), d.adjoint(x)(v), rtol=0, atol=1e-9)
+    torch.testing.assert_close((forward(x) * v).sum(), (x * adjoint(v)).sum(), rtol=1e-10, atol=0)
+
+
+def test_a_dark_image_is_guided_as_a_bright_one():
+    """K, M, y and their noise all times g: the data step must give the same image."""
+    torch.manual_seed(0)
+    x0, kernel = torch.rand(1, 3, 12, 12).double() * 2 - 1, start_kernel(1, 5, "gaussian").double()
+    y = torch.rand(1, 3, 12, 12).double()
+    level, found = guidance.Level(0.1, 1.0, 10), []
+    for gain in (1.0, 0.1):
+        d = Degradation(kernel * gain)
+        step = guidance.Proximal(noise=0.01 * gain, kernel_error=0.3, iterations=40)
+        found.append(step(x0, [Observation(y * gain * 2 - 1, d, x0, [y * gain])], level).x0)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+def test_masks_are_smooth():
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 20, 31)
+    for sigma in (0.7, 3.0):
+        expected = gaussian_filter(
+            x.numpy(), (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, *[math.ceil(3 * sigma)] * 2)
+        )
+        np.testing.assert_allclose(gaussian_smooth(x, sigma).numpy(), expected, atol=1e-6)
+    torch.testing.assert_close(gaussian_smooth(torch.full((1, 1, 4, 4), 0.3), 8.0), torch.full((1, 1, 4, 4), 0.3))
+    y, image = torch.rand(1, 3, 24, 24), torch.rand(1, 3, 24, 24)
+    d = Degradation(start_kernel(1, 5) * 0.2, torch.zeros(1, 1, 24, 24))
+    rough = Gradient(mask_rate=0.05, simplex=False)(image, [y], d, 0.1, 0.1).mask
+    smooth = Gradient(mask_rate=0.05, mask_sigma=4.0, simplex=False)(image, [y], d, 0.1, 0.1).mask
+    torch.testing.assert_close(smooth, gaussian_smooth(rough, 4.0))
+
+
+def test_exposures_are_seen_together():
+    scene = torch.rand(1, 3, 40, 40).mul(0.9)
+    gains = torch.tensor([0.25, 1.0, 2.5])
+    images = [(scene * g).clamp(0, 1) for g in gains]
+    found = exposure_gains(images)[:, 0]
+    torch.testing.assert_close(found / found[1], gains / gains[1], rtol=1e-4, atol=0)
+    told = unsaturated(images)
+    assert told[0].all() and not told[2].all()
+    torch.testing.assert_close(told[2].bool(), images[2].amax(1, keepdim=True) < 0.98)
+    # Nothing is above the range once it is as bright as the middle one: its own brightness is the scene's.
+    torch.testing.assert_close(found, gains, rtol=1e-4, atol=0)
+    # A scene whose highlights only the darkest shows becomes darker, but to half at most.
+    bright = [(scene * 1.8 * g).clamp(0, 1) for g in (0.1, 0.55)]
+    assert 1 < float(exposure_gains(bright)[1, 0]) <= 2
+    settings = preset("default", "hdr")
+    made = TASKS["hdr"].degradations([i * 2 - 1 for i in images], settings)
+    torch.testing.assert_close(torch.stack([d.kernel.sum((2, 3, 4))[0, 0] for d in made]), found)
+    assert isinstance(made[2].operator, HoleMask) and made[2].padding == "valid"
+    # One exposure of one image alone is low light.
+    assert type(TASKS["hdr"].degradations([images[0] * 2 - 1], settings)[0].operator) is Operator
+
+
+def test_holes_are_a_share_and_the_image_is_black_there():
+    image = np.random.default_rng(0).random((64, 48, 3), dtype=np.float32)
+    chain = degradations.chain([{"type": "holes", "share": 0.25, "size": 8}])
+    holed, values = degradations.degrade(chain, image, np.random.default_rng(1))
+    hidden = np.isnan(holed)
+    assert (hidden.all(2) == hidden.any(2)).all() and abs(hidden.mean() - 0.25) < 0.005
+    np.testing.assert_array_equal(holed[~hidden], image[~hidden])
+    again, _ = degradations.degrade(chain, image, np.random.default_rng(1))
+    np.testing.assert_array_equal(again, holed)
+    small = degradations.degrade(degradations.chain([{"type": "block_mean", "factor": 4}]), image[:, :46], None)[0]
+    np.testing.assert_allclose(small[0, 0], image[:4, :4].mean((0, 1)), rtol=1e-6)
+    assert small.shape == (16, 11, 3)
+    for bad in (
+        [{"type": "holes", "share": 0.1, "size": 4}, {"type": "noise", "sigma": 1}],
+        [{"type": "block_mean", "factor": [2, 4]}],
+        [{"type": "block_mean", "factor": 2, "probability": 0.5}],
+    ):
+        with pytest.raises(UserError):
+            degradations.chain(bad)
