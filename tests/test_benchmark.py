@@ -5,11 +5,12 @@ import json
 import cv2
 import pytest
 import torch
-from conftest import RESTORING, ROOT, TINY, assert_one_line_error
+from conftest import RESTORING, ROOT, TINY, assert_one_line_error, merged
 
 from ucdir_plugin import benchmark, benchmark_options, benchmark_restore
 from ucdir_plugin.archs import UCDIRDenoiser, akgm_compiled
 from ucdir_plugin.archs.ucdir_arch import AKGBlock
+from ucdir_plugin.registry import build_arch
 
 NAMES = benchmark._variants(*benchmark.REPLACED, *benchmark.CHOSEN)
 SMALL = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
@@ -146,6 +147,24 @@ def test_quality_is_what_test_py_measures(place, measured, monkeypatch):
     means = json.loads((place.folder / "results/tiny/metrics_pairs.json").read_text())["mean"]
     for stage, key in (("input", ("input", "")), ("initial", ("initial prediction", "")), ("restored", ("ddpm", 2))):
         assert rows[key]["psnr"] == round(means[stage]["psnr"], 3)
+
+
+def test_networks_with_conditions_are_told_them(place, monkeypatch):
+    """As test.py tells them; one that was never left out in training must be."""
+    declared = {"network_g": {"denoiser": {"conditions": {"quality": {"range": [1, 100]}}}}}
+    options = merged({**RESTORING, "datasets": {"val": PAIRS}}, declared)
+    net = build_arch(options["network_g"])
+    for parameter in net.denoise_fn.condition_embedding.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"params": net.state_dict()}, "told.pth")
+    told = place.write(merged(options, {"path": {"pretrain_network_g": "told.pth"}}), "told.yml")
+    monkeypatch.setattr(benchmark_restore, "STEPS", (2,))
+    monkeypatch.setattr(benchmark_restore, "SIZES", ((32, 32),))
+    (table,) = benchmark_restore.quality(told, None, ["ddpm"], 1)
+    assert place.run("test.py", "-opt", told).returncode == 0
+    means = json.loads((place.folder / "results/tiny/metrics_pairs.json").read_text())["mean"]
+    assert table["rows"][-1]["psnr"] == round(means["restored"]["psnr"], 3)
+    assert benchmark_restore.growth(told, None, 64, 8, 1) and benchmark_restore.seams(told, None, 24, 2, None)
 
 
 def test_growth_counts_patches_and_state(place, measured, monkeypatch):

@@ -155,6 +155,12 @@ def test_gopro(gopro):
             found = cv2.imread(str(gopro.folder / "whole" / part / kind / f"{scene}_000002.png"))
             true = cv2.imread(str(gopro.folder / "GOPRO_Large" / part / scene / source / "000002.png"))
             np.testing.assert_array_equal(found, true)
+    done = gopro.run(*run, "--out", "gamma", "--blur", "blur_gamma")
+    assert done.returncode == 0, done.stderr
+    found, true = (cv2.imread(str(gopro.folder / path)) for path in
+                   ("gamma/test/lq/GOPR3_00_000002.png", "GOPRO_Large/test/GOPR3_00/blur_gamma/000002.png"))  # fmt: skip
+    np.testing.assert_array_equal(found, true)
+    assert_one_line_error(gopro.run(*run, "--out", "gamma"), "was prepared with --blur blur_gamma, not --blur blur")
     done = gopro.run(*run, "--out", "cut", "--crop", "32", "--step", "16", "--lmdb")
     assert done.returncode == 0, done.stderr
     names = sorted(p.name for p in (gopro.folder / "cut" / "train" / "lq").iterdir())

@@ -1,5 +1,7 @@
 """SID from raw files to restored images, with Bayer DNGs that the test writes itself."""
 
+import types
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from conftest import TINY, assert_one_line_error, merged
 
 from ucdir_plugin.data import preparation
 from ucdir_plugin.data import raw as raw_files
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import NotAvailable, UserError
 from ucdir_plugin.options import check_options
 
 pytest.importorskip("rawpy", reason="rawpy is not installed: pip install -e '.[raw]'")
@@ -91,6 +93,12 @@ def test_the_cameras_own_picture_is_cut_out_and_upright(tmp_path, linear):
         np.testing.assert_array_equal(image, np.rot90(whole[3:17, 2:22], turns))
     write_dng(tmp_path / "a.dng", mosaic(linear), more=[crop[0], (50720, "H", 2, (400, 28), True)])  # nonsense
     assert raw_files.develop(str(tmp_path / "a.dng")).shape == (20, 24, 3)
+
+
+def test_an_old_rawpy_is_named():
+    old = types.SimpleNamespace(sizes=types.SimpleNamespace(flip=0))
+    with pytest.raises(NotAvailable, match="rawpy 0.25 or later"):
+        raw_files._sizes(old)
 
 
 def test_bad_raw_files(tmp_path, linear):

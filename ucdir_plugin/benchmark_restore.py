@@ -36,6 +36,12 @@ def _image(height: int, width: int) -> torch.Tensor:
     return (wave * 0.4 + 0.5 + 0.03 * torch.randn(1, 3, height, width)).clamp_(0, 1)
 
 
+def _told(model: Restorer, sample: Dict[str, Any]) -> Dict[str, Any]:
+    """What a sample says of the conditions that the network declares."""
+    said = sample.get("condition", {})
+    return {condition.name: said[condition.name] for condition in model.conditions if condition.name in said}
+
+
 def _call(opt: str, weights: Optional[str], tile: int, overlap: int, height: int, width: int) -> Callable[[], Any]:
     """Two steps of ddpm on one image."""
     sampling = {"sampler": "ddpm", "steps": 2, "tile": tile, "overlap": overlap}
@@ -43,9 +49,11 @@ def _call(opt: str, weights: Optional[str], tile: int, overlap: int, height: int
 
 
 def _restoring(model: Restorer, height: int, width: int) -> Callable[[], Any]:
+    some = {c.name: c.classes[0] if c.classes else c.limits[0] for c in model.conditions}  # any will do
+
     def call() -> None:
         torch.manual_seed(0)
-        for _ in model.run(_image(height, width), "").samples:
+        for _ in model.run(_image(height, width), "", condition=some).samples:
             pass
 
     return call
@@ -110,7 +118,9 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         return {"image": "", "metrics": {"of": measure(tensor2img(image), tensor2img(truth), metrics)}}
 
     model = load_model(opt, weights)
-    predictions = [next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0).samples) for s in samples]
+    predictions = [
+        next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0, condition=_told(model, s)).samples) for s in samples
+    ]
     before = {"input": [s["lq"] for s in samples], "initial prediction": predictions}
     rows: List[Dict[str, Any]] = []
     for name, images in before.items():
@@ -123,7 +133,8 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         found, seconds = [], []
         for sample, seed in itertools.product(samples, range(seeds)):
             started = time.perf_counter()
-            (image,) = model.run(sample["lq"].unsqueeze(0).clone(), sample["key"], seed=seed).samples
+            lq, told = sample["lq"].unsqueeze(0).clone(), _told(model, sample)
+            (image,) = model.run(lq, sample["key"], seed=seed, condition=told).samples
             seconds.append(time.perf_counter() - started)
             found.append(measured(image, sample["gt"]))
         nfe = model.plan(*samples[0]["lq"].shape[-2:]).nfe
@@ -153,7 +164,8 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
         borders = borders_in_image(grid, *size, split.options.border)
         images = {"truth": sample["gt"]}
         for name, model in models.items():
-            (images[name],) = model.run(sample["lq"].unsqueeze(0).clone(), sample["key"]).samples
+            lq, told = sample["lq"].unsqueeze(0).clone(), _told(model, sample)
+            (images[name],) = model.run(lq, sample["key"], condition=told).samples
         arrays = {name: tensor2img(image) for name, image in images.items()}
         for name, array in arrays.items():
             scores[name].append(seam_score(array, *borders))

@@ -218,7 +218,7 @@ class PairedRestorationDataset(Dataset):
         """Conditions that its samples have: name -> the values that there are."""
         told = constant(opt)
         if opt.get("condition_file"):
-            rows = list(read_conditions(opt["condition_file"]).values())
+            rows = list(read_conditions(os.path.expanduser(opt["condition_file"])).values())
             told.update((name, tuple(dict.fromkeys(row[name] for row in rows))) for name in rows[0])
         return told
 

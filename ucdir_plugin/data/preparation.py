@@ -95,7 +95,7 @@ def same_settings(folder: str, **settings: Any) -> None:
         raise UserError(f"{path} cannot be read: remove the folder to prepare it again") from err
     for key, value in settings.items():
         if before.get(key) != value:
-            was, now = (f"no --{key}" if v is None else f"--{key} {v:g}" for v in (before.get(key), value))
+            was, now = (f"no --{key}" if v is None else f"--{key} {v}" for v in (before.get(key), value))
             raise UserError(f"{folder} was prepared with {was}, not {now}: name another --out, or remove the folder")
 
 
@@ -176,8 +176,13 @@ def cut(path: str, positions: Sequence[tuple[int, int]] = (), crop: int = 0) -> 
     return [image[y : y + crop, x : x + crop].copy() for y, x in positions] or [image.copy()]
 
 
-def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | None) -> tuple[int, list[Task]]:
+def gopro_tasks(
+    source: str, out: str, part: str, crop: int | None, step: int | None, blur: str = "blur"
+) -> tuple[int, list[Task]]:
     """What there is to do for a part (train, test) of GOPRO_Large.
+
+    Args:
+        blur: the folder of degraded images, beside ``sharp``.
 
     Returns:
         number of pairs; the tasks.
@@ -186,14 +191,15 @@ def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | 
         UserError: for a missing folder, an image without its partner, images smaller than the crop.
     """
     root = os.path.join(source, part)
-    names = [name for name in list_images(root, "--source") if os.path.basename(os.path.dirname(name)) in _GOPRO]
+    kinds = {blur: "lq", "sharp": "gt"}
+    names = [name for name in list_images(root, "--source") if os.path.basename(os.path.dirname(name)) in kinds]
     pairs: dict[str, dict[str, str]] = {}
     for name in names:
         scene, kind = os.path.split(os.path.dirname(name))
         key = f"{scene.replace('/', '_')}_{os.path.splitext(os.path.basename(name))[0]}"
-        pairs.setdefault(key, {})[_GOPRO[kind]] = os.path.join(root, name)
+        pairs.setdefault(key, {})[kinds[kind]] = os.path.join(root, name)
     if not pairs:
-        raise UserError(f"--source {source}: no images in {root}/SCENE/blur and sharp; name the folder GOPRO_Large")
+        raise UserError(f"--source {source}: no images in {root}/SCENE/{blur} and sharp; name the folder GOPRO_Large")
     tasks = []
     positions: list[tuple[int, int]] = []
     if crop:
@@ -207,7 +213,7 @@ def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | 
         for kind, other in (("lq", "gt"), ("gt", "lq")):
             if kind not in files:
                 raise UserError(
-                    f"{files[other]} has no partner of the same name in blur and sharp; unpack the zip again"
+                    f"{files[other]} has no partner of the same name in {blur} and sharp; unpack the zip again"
                 )
             if crop and image_size(files[kind]) != (height, width):
                 raise UserError(f"{files[kind]} is of another size than {width}x{height}: leave out --crop")
@@ -216,9 +222,6 @@ def gopro_tasks(source: str, out: str, part: str, crop: int | None, step: int | 
             targets = tuple(os.path.join(folder, f"{key}{suffix}.png") for suffix in suffixes)
             tasks.append(Task(files[kind], targets, make))
     return len(pairs), tasks
-
-
-_GOPRO = {"blur": "lq", "sharp": "gt"}
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:

@@ -77,6 +77,12 @@ def read_pairs(list_file: str, root: str, ratio: tuple[float, float] | None = No
     return pairs
 
 
+def _sizes(raw: Any) -> Any:
+    if not hasattr(raw.sizes, "crop_width"):
+        raise NotAvailable("raw files need rawpy 0.25 or later, which tells the camera's crop: pip install -U rawpy")
+    return raw.sizes
+
+
 def _camera_crop(image: np.ndarray, sizes: Any) -> np.ndarray:
     """The camera's own picture of the half-size image of all pixels that see light, upright; all where it names none.
 
@@ -101,7 +107,7 @@ def develop(path: str, ratio: float = 1.0, bits: int = 16) -> np.ndarray:
         (H / 2, W / 2, 3) BGR, uint8 or uint16 by ``bits``.
 
     Raises:
-        NotAvailable: without rawpy.
+        NotAvailable: without rawpy, or with one before 0.25.
         UserError: if it cannot be read, is cut short, or is of a sensor without a Bayer pattern.
     """
     rawpy = _rawpy()
@@ -110,7 +116,7 @@ def develop(path: str, ratio: float = 1.0, bits: int = 16) -> np.ndarray:
             pattern = raw.raw_pattern
             if pattern is None or pattern.shape != (2, 2) or raw.num_colors != 3:
                 raise UserError(f"raw file {path}: its sensor has no Bayer pattern; only those are read")
-            pixels, sizes = raw.raw_image_visible, raw.sizes  # its flip becomes the one below
+            pixels, sizes = raw.raw_image_visible, _sizes(raw)  # its flip becomes the one below
             if ratio != 1:
                 black = np.asarray(raw.black_level_per_channel, np.float32)[raw.raw_colors_visible]
                 amplified = (pixels - black) * np.float32(ratio) + black
