@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from conftest import LQ_ONLY, assert_one_line_error, merged
 from scipy.ndimage import gaussian_filter
@@ -115,7 +116,7 @@ def test_every_task_from_the_command_line(scene, task):
     half = size // 2
     for number, file in enumerate(seen):
         d = Degradation(torch.from_numpy(arrays["kernel"][number])[None], None, TASKS[task].operator(known), "reflect")
-        again = d(image)
+        again = d(image)  # of an exposure also where it is white, and tells nothing
         if "mask" in arrays:
             again = again + torch.from_numpy(arrays["mask"][number])
         shown = imageio.to_tensor(imageio.read_photo(f"out/{file}", 10**6))
@@ -128,10 +129,7 @@ def test_every_task_from_the_command_line(scene, task):
 
 def test_the_restored_image_is_better(place):
     """A blurred photograph, blind, in all 16 steps; and the kernel is what blurred it."""
-    truth = cv2.imread(str(Path(place.folder, "photos", "coffee.png")))
-    import skimage.data
-
-    truth = skimage.data.coffee()[80:240, 200:360].astype(np.float32) / 255
+    truth = skimage.data.astronaut()[40:200, 150:310].astype(np.float32) / 255
     rng = np.random.default_rng(0)
     write("blurred.png", degradations.noise(degradations.motion_blur(truth, 9, 0), 2, rng))
     ok(place.run("restore.py", "--model", "bird", "--task", "motion", "-i", "blurred.png", "-o", "out"))
@@ -186,14 +184,15 @@ def test_test_py_measures_made_degradations(place, task):
 def test_two_processes_restore_as_one(place):
     path = place.write(TEST)
     ok(place.run("test.py", "-opt", path))
-    one = Path("results/b/metrics_val.csv").read_text()
-    learned = Path("results/b/visualization/val_learned/coffee.learned.npz").read_bytes()
+    table, path_of = Path("results/b/metrics_val.csv"), "results/b/visualization/val_learned/coffee.learned.npz"
+    text, one = table.read_text(), dict(np.load(path_of))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533")
     done = place.run("test.py", "-opt", path, "--launcher", "pytorch", launcher=launcher)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Path("results/b/metrics_val.csv").read_text() == one
-    a, b = (dict(np.load(f)) for f in ("results/b/visualization/val_learned/coffee.learned.npz",) * 2)
-    assert len(learned) and all(np.array_equal(a[k], b[k]) for k in a)
+    two = dict(np.load(path_of))
+    assert table.read_text() == text and set(two) == set(one)
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key])
 
 
 def test_one_bad_image_does_not_stop_the_others(place):
@@ -328,7 +327,7 @@ BAD = {
     "sampler": (["--sampler", "ddim"], "sampler has no meaning"),
     "condition": (["--condition", "quality=3"], "BIR-D is told nothing"),
     "dtype": (["--dtype", "bf16"], "dtype has no meaning"),
-    "tile": (["--tile", "8"], "too small"),
+    "tile": (["--tile", "8"], "half the tile (8)"),
     "observation": (["--observations", "missing.png"], "missing.png"),
 }
 
@@ -495,7 +494,7 @@ def test_exposures_are_seen_together():
     # Nothing is above the range once it is as bright as the middle one: its own brightness is the scene's.
     torch.testing.assert_close(found, gains, rtol=1e-4, atol=0)
     # A scene whose highlights only the darkest shows becomes darker, but to half at most.
-    bright = [(scene * 1.8 * g).clamp(0, 1) for g in (0.1, 0.55)]
+    bright = [(scene * 1.8 * g).clamp(0, 1) for g in (0.1, 0.9)]
     assert 1 < float(exposure_gains(bright)[1, 0]) <= 2
     settings = preset("default", "hdr")
     made = TASKS["hdr"].degradations([i * 2 - 1 for i in images], settings)
@@ -508,13 +507,14 @@ def test_exposures_are_seen_together():
 def test_holes_are_a_share_and_the_image_is_black_there():
     image = np.random.default_rng(0).random((64, 48, 3), dtype=np.float32)
     chain = degradations.chain([{"type": "holes", "share": 0.25, "size": 8}])
-    holed, values = degradations.degrade(chain, image, np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    holed, _ = degradations.degrade(chain, image, rng)
     hidden = np.isnan(holed)
     assert (hidden.all(2) == hidden.any(2)).all() and abs(hidden.mean() - 0.25) < 0.005
     np.testing.assert_array_equal(holed[~hidden], image[~hidden])
     again, _ = degradations.degrade(chain, image, np.random.default_rng(1))
     np.testing.assert_array_equal(again, holed)
-    small = degradations.degrade(degradations.chain([{"type": "block_mean", "factor": 4}]), image[:, :46], None)[0]
+    small = degradations.degrade(degradations.chain([{"type": "block_mean", "factor": 4}]), image[:, :46], rng)[0]
     np.testing.assert_allclose(small[0, 0], image[:4, :4].mean((0, 1)), rtol=1e-6)
     assert small.shape == (16, 11, 3)
     for bad in (

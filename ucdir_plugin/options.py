@@ -513,9 +513,6 @@ def _check_bird(opt: dict, raw: Mapping[str, Any]) -> None:
     """What BIRDModel has no use for, and what the keys of ``bird`` say together; sets ``scale`` to the task's."""
     from ucdir_plugin.diffusion.tasks import preset, task_named
 
-    for key in ("network_g", "diffusion", "train", "compile"):
-        if raw.get(key):
-            raise UserError(f"option {key} has no meaning for BIRDModel, which restores without training; remove it")
     if (raw.get("val") or {}).get("sampling"):
         raise UserError("option val:sampling has no meaning for BIRDModel: bird:settings says how it samples")
     del opt["network_g"]
@@ -558,6 +555,11 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a mapping of options is expected")
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
+    for key in ("network_g", "diffusion", "train", "compile"):
+        if raw.get("model_type") == "BIRDModel" and raw.get(key):
+            raise UserError(
+                f"{where}: option {key} has no meaning for BIRDModel, which restores without training; remove it"
+            )
     blind, own_model = raw.get("model_type") == "BIRDModel", raw.get("model_type") == "UCDIRModel"
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:

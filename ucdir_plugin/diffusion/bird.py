@@ -383,7 +383,7 @@ class Solver:
             if callback is not None:
                 callback(done)
         image = self._crop(x)
-        whole = [o.degradation((x + 1) / 2) * 2 - 1 for o in self.observations]
+        whole = [o.degradation.shown((x + 1) / 2) * 2 - 1 for o in self.observations]
         lost = torch.tensor([f is not None for f in self.failed], device=x.device).view(-1, 1, 1, 1)
         nan = image.new_tensor(float("nan"))
         return Result(torch.where(lost, nan, image), self.observations, whole, trace, list(self.failed))

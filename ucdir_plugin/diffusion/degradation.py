@@ -47,6 +47,10 @@ class Operator:
         """
         return None
 
+    def shown(self, x: torch.Tensor) -> torch.Tensor:
+        """What y would look like, to be compared with it by eye."""
+        return self(x)
+
     def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
         """A simple guess at x from y, to start from: (B, c, h, w) -> (B, channels, H, W)."""
         return y
@@ -119,6 +123,13 @@ class HoleMask(Operator):
             filled = torch.where(weight > 0, filled, near / count.clamp(min=1e-6))
             weight = ((weight > 0) | (count > 0)).to(y)
         return filled
+
+
+class Unsaturated(HoleMask):
+    """An exposure: pixels at the upper end of the range (known 0) say nothing, but are seen."""
+
+    def shown(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class ChannelMean(Operator):
@@ -312,6 +323,10 @@ class Degradation:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.operator(self.blur(x))
+
+    def shown(self, x: torch.Tensor) -> torch.Tensor:
+        """D(x) as it would look: (B, C, H, W) -> like y."""
+        return self.operator.shown(self.blur(x))
 
     def linear(self) -> Degradation:
         """The same without the mask."""

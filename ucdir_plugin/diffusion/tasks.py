@@ -19,6 +19,7 @@ from ucdir_plugin.diffusion.degradation import (
     HoleMask,
     Operator,
     Padding,
+    Unsaturated,
     start_kernel,
 )
 from ucdir_plugin.diffusion.guidance import AdaptiveScale, FixedScale
@@ -291,7 +292,7 @@ class Task:
         gains, told = exposure_gains(images), unsaturated(images)
         found = [
             replace(d, kernel=d.kernel / d.kernel.sum((3, 4), keepdim=True) * gain.view(-1, 1, 1, 1, 1), operator=op)
-            for d, gain, op in zip(found, gains, map(HoleMask, told))
+            for d, gain, op in zip(found, gains, map(Unsaturated, told))
         ]
         return found
 
