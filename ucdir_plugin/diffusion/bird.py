@@ -369,6 +369,9 @@ class Solver:
             self._record(trace, done)
             if callback is not None:
                 callback(done)
+        return self._result(x, trace)
+
+    def _result(self, x: torch.Tensor, trace: Trace) -> Result:
         image = self._crop(x)
         whole = [o.degradation((x + 1) / 2) * 2 - 1 for o in self.observations]
         lost = torch.tensor([f is not None for f in self.failed], device=x.device).view(-1, 1, 1, 1)

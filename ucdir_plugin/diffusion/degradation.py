@@ -47,6 +47,10 @@ class Operator:
         """A simple guess at x from y, to start from: (B, c, h, w) -> (B, channels, H, W)."""
         return y
 
+    def of(self, image: int) -> Operator:
+        """The same for one image of the batch."""
+        return self
+
 
 class BlockMean(Operator):
     """Super-resolution by ``factor``: the mean of blocks."""
@@ -107,6 +111,9 @@ class HoleMask(Operator):
             weight = ((weight > 0) | (count > 0)).to(y)
         return filled
 
+    def of(self, image: int) -> HoleMask:
+        return self if len(self.known) == 1 else HoleMask(self.known[image : image + 1])
+
 
 class ChannelMean(Operator):
     """Colorization: the mean of the channels."""
@@ -144,6 +151,9 @@ class Compose(Operator):
         for op in reversed(self.operators):
             y = op.lift(y, channels)
         return y
+
+    def of(self, image: int) -> Compose:
+        return Compose([op.of(image) for op in self.operators])
 
 
 def convolve(x: torch.Tensor, kernel: torch.Tensor, padding: Padding = "reflect") -> torch.Tensor:
@@ -287,6 +297,12 @@ class Degradation:
 
     def learned(self, kernel: torch.Tensor, mask: Optional[torch.Tensor]) -> Degradation:
         return replace(self, kernel=kernel, mask=mask)
+
+    def of(self, image: int) -> Degradation:
+        """That of one image of the batch."""
+        one = slice(image, image + 1)
+        mask = None if self.mask is None else self.mask[one]
+        return replace(self, kernel=self.kernel[one], mask=mask, operator=self.operator.of(image))
 
     def blur(self, x: torch.Tensor) -> torch.Tensor:
         """K * x + M: (B, C, H, W) -> the same, smaller with ``valid``."""
