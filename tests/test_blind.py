@@ -209,12 +209,14 @@ def test_one_bad_image_does_not_stop_the_others(place):
 
 
 def test_a_lost_scale_stops_its_image_alone(place):
-    """The release's recipe in four steps loses its numbers on some images: those are named, no NaN is written."""
-    options = merged(TEST, {"bird": {"preset": "paper", "settings": {"data": {"scale": {"denominator": "x0"}}}}})
-    options["bird"]["settings"]["kernel"] = {"rate": 1e6}
-    done = place.run("test.py", "-opt", place.write(options))
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
-    assert "non-finite" in done.stdout + done.stderr
+    """Where numbers are lost, the image is named and no NaN is written; the others are kept."""
+    kernel = {"type": "Gradient", "rate": 3e38, "simplex": False}
+    options = place.write(merged(TEST, {"bird": {"settings": {"kernel": kernel}}}))
+    done = place.run("restore.py", "-opt", options, "-i", "photos", "-o", "out")
+    assert_one_line_error(done, "none of the 3 images")
+    assert done.stderr.count("turned non-finite in step") == 3
+    assert not files("out")
+    assert_one_line_error(place.run("test.py", "-opt", options), "none of the 3 images")
 
 
 def test_samples(place):

@@ -580,6 +580,7 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
     if options.ablation is not None:
         settings = ablation(settings, options.ablation)
     prior = priors.load_prior(options.prior, device, options.network)
+    bird.reverse_schedule(prior, settings)
     stage = options.first_stage
     if stage is not None and stage.use == "target" and task.factor != 1 and blur is not None:
         raise UserError("option bird:first_stage: a target has its own size and no blur: remove bird:blur")

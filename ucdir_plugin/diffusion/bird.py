@@ -47,6 +47,33 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
     return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
 
 
+def reverse_schedule(prior: Prior, settings: Settings) -> NoiseSchedule:
+    """The levels that a reverse process goes through.
+
+    Raises:
+        UserError: for more noise, or more steps, than the prior knows.
+    """
+    known = prior.schedule
+    if settings.start == "noise" and not prior.generates:
+        raise UserError(
+            f"this prior knows noise up to sigma {prior.sigma_max:.3g} only and cannot start from pure noise:"
+            " set start to warm, or take a diffusion network"
+        )
+    most = prior.sigma_max
+    start = settings.sigma_start
+    if start is not None and start > most * (1 + 1e-6):
+        raise UserError(f"sigma_start {start:.4g} is more than the prior's {most:.4g}: take less")
+    if start is None:
+        start = most if settings.start == "noise" else min(most, 75 / 255)
+    if settings.levels == "log_sigma":
+        return log_sigma_schedule(start, settings.sigma_end, settings.steps)
+    sigmas = (1 / known.alpha_bar - 1) ** 0.5 / 2
+    within = max(1, int(np.searchsorted(sigmas, start * (1 + 1e-6), "right")))
+    if settings.steps > within:
+        raise UserError(f"steps {settings.steps} is more than the prior's {within} levels up to sigma {start:.3g}")
+    return known.truncate(within).respace(settings.steps, settings.levels)
+
+
 @dataclass
 class StepRecord:
     """What one step did; tensors are (B, ...) in [-1, 1], and valid until the next step.
@@ -168,7 +195,7 @@ class Solver:
         for number, observation in enumerate(self.observations):
             settings.kernel.check((self.guess + 1) / 2, observation.degradation)
             self._check_fit(number, observation)
-        self.schedule = self._schedule()
+        self.schedule = reverse_schedule(prior, settings)
         self.previous: Optional[torch.Tensor] = None
         self.failed: List[Optional[str]] = [None] * len(self.guess)
         self.denoise = self._tiled(tile, overlap, tile_batch, merge)
@@ -227,27 +254,6 @@ class Solver:
                 f"observation {number} has {tuple(observation.y.shape[1:])} values, its degradation gives"
                 f" {tuple(seen.shape[1:])}: channels or size do not fit the task"
             )
-
-    def _schedule(self) -> NoiseSchedule:
-        settings, known = self.settings, self.prior.schedule
-        if settings.start == "noise" and not self.prior.generates:
-            raise UserError(
-                f"this prior knows noise up to sigma {self.prior.sigma_max:.3g} only and cannot start from pure noise:"
-                " set start to warm, or take a diffusion network"
-            )
-        most = self.prior.sigma_max
-        start = settings.sigma_start
-        if start is not None and start > most * (1 + 1e-6):
-            raise UserError(f"sigma_start {start:.4g} is more than the prior's {most:.4g}: take less")
-        if start is None:
-            start = most if settings.start == "noise" else min(most, 75 / 255)
-        if settings.levels == "log_sigma":
-            return log_sigma_schedule(start, settings.sigma_end, settings.steps)
-        sigmas = (1 / known.alpha_bar - 1) ** 0.5 / 2
-        within = max(1, int(np.searchsorted(sigmas, start * (1 + 1e-6), "right")))
-        if settings.steps > within:
-            raise UserError(f"steps {settings.steps} is more than the prior's {within} levels up to sigma {start:.3g}")
-        return known.truncate(within).respace(settings.steps, settings.levels)
 
     def _tiled(self, tile: Optional[int], overlap: int, tile_batch: int, merge: str):
         height, width = self.guess.shape[-2:]
@@ -382,6 +388,9 @@ class Solver:
             self._record(trace, done)
             if callback is not None:
                 callback(done)
+        return self._result(x, trace)
+
+    def _result(self, x: torch.Tensor, trace: Trace) -> Result:
         image = self._crop(x)
         whole = [o.degradation.shown((x + 1) / 2) * 2 - 1 for o in self.observations]
         lost = torch.tensor([f is not None for f in self.failed], device=x.device).view(-1, 1, 1, 1)

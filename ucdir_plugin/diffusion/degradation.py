@@ -64,6 +64,10 @@ class Operator:
             return lambda v: v
         return lambda v: torch.autograd.grad(y, point, v, retain_graph=True)[0]
 
+    def of(self, image: int) -> Operator:
+        """The same for one image of the batch."""
+        return self
+
 
 class BlockMean(Operator):
     """Super-resolution by ``factor``: the mean of blocks."""
@@ -124,6 +128,9 @@ class HoleMask(Operator):
             weight = ((weight > 0) | (count > 0)).to(y)
         return filled
 
+    def of(self, image: int) -> HoleMask:
+        return self if len(self.known) == 1 else HoleMask(self.known[image : image + 1])
+
 
 class Unsaturated(HoleMask):
     """An exposure: pixels at the upper end of the range (known 0) say nothing, but are seen."""
@@ -168,6 +175,9 @@ class Compose(Operator):
         for op in reversed(self.operators):
             y = op.lift(y, channels)
         return y
+
+    def of(self, image: int) -> Compose:
+        return Compose([op.of(image) for op in self.operators])
 
 
 def convolve(x: torch.Tensor, kernel: torch.Tensor, padding: Padding = "reflect") -> torch.Tensor:
@@ -311,6 +321,12 @@ class Degradation:
 
     def learned(self, kernel: torch.Tensor, mask: Optional[torch.Tensor]) -> Degradation:
         return replace(self, kernel=kernel, mask=mask)
+
+    def of(self, image: int) -> Degradation:
+        """That of one image of the batch."""
+        one = slice(image, image + 1)
+        mask = None if self.mask is None else self.mask[one]
+        return replace(self, kernel=self.kernel[one], mask=mask, operator=self.operator.of(image))
 
     def blur(self, x: torch.Tensor) -> torch.Tensor:
         """K * x + M: (B, C, H, W) -> the same, smaller with ``valid``."""

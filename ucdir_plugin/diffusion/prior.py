@@ -57,7 +57,7 @@ class Prior(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Predicted noise.
+        """Predicted noise, differentiable in x_t: who needs no gradient says so, as the solver of BIR-D does.
 
         Args:
             x_t: (B, C, H, W).
@@ -115,7 +115,6 @@ class NetworkPrior(Prior):
         steps = np.where(np.abs(steps - whole) < 0.02, whole, steps)  # levels come in float32
         return torch.from_numpy(steps).to(level.device, torch.float32)
 
-    @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         out = self.net(x_t, self.timestep(level)).to(x_t.dtype)
         expected = self.channels * (2 if self.learned_variance else 1)
@@ -165,7 +164,6 @@ class DenoiserPrior(Prior):
     def sigma_max(self) -> float:
         return self._sigma_max
 
-    @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         level = level.to(x_t.dtype)
         sigma = (1 / level.square() - 1).clamp(min=0).sqrt() / 2
@@ -200,7 +198,6 @@ class GaussianPrior(Prior):
         spread = self.spectrum.to(noise.dtype).sqrt()
         return self.mean + torch.fft.ifft2(torch.fft.fft2(noise) * spread).real
 
-    @torch.no_grad()
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         column = _column(level).to(x_t.dtype)
         power = self.spectrum.to(x_t)
