@@ -359,6 +359,27 @@ def test_bad_companions_get_one_line(scene):
     assert_one_line_error(done, "task", "--model bird")
 
 
+WITHOUT_DEEPINV = "deepinv is not installed: pip install 'ucdir-plugin[deepinv]'"
+
+
+@pytest.mark.parametrize("solver", ["ddnm", "dps", "diffpir"])
+def test_other_solvers_beside_it(scene, solver):
+    """The same prior, images and seeds in tools/test.py; tools/compare.py puts the tables side by side."""
+    pytest.importorskip("deepinv", reason=WITHOUT_DEEPINV)
+    chain = [{"type": "block_mean", "factor": 4}]
+    options = merged(TEST, {"bird": {"task": "sr4", "settings": {"steps": 4}}})
+    options["datasets"]["val"] = {**DARK, "degradations": chain}
+    path = scene.write(options)
+    for name, value in (("b", "bird"), ("other", solver)):
+        ok(scene.run("test.py", "-opt", path, "--force_yml", f"name={name}", f"bird:solver={value}"))
+    done = ok(scene.run("compare.py", "results/b", "results/other"))
+    table = done.stdout
+    assert "psnr" in table.lower() and "other" in table
+    one, two = (json.loads(Path(f"results/{n}/metrics_val.json").read_text())["mean"] for n in ("b", "other"))
+    assert one["initial"] == two["initial"] and one["restored"] != two["restored"]
+    assert two["restored"]["psnr"] > 20
+
+
 BAD_OPTIONS = {
     "network_g has no meaning": {"network_g": {"type": "UCDIRDenoiser"}},
     "train has no meaning": {"train": {"total_iter": 1}},
@@ -372,11 +393,16 @@ BAD_OPTIONS = {
     "go with model": {"bird": {"first_stage": {"images": "a", "weights": "b"}}},
     "bird:blur has no meaning": {"bird": {"task": "lowlight", "blur": {"type": "gaussian", "sigma": 2}}},
     "ablation models are of gradient": {"bird": {"ablation": "A"}},
+    "did you mean 'steps'": {"bird": {"task": "sr4", "solver": "ddnm", "settings": {"step": 3}}},
+    "needs a known degradation": {"bird": {"task": "deblur", "solver": "dps"}},
+    "has no preset": {"bird": {"task": "sr4", "solver": "dps", "preset": "guided"}},
 }
 
 
 @pytest.mark.parametrize("words", BAD_OPTIONS)
 def test_bad_options_get_one_line(place, words):
+    if "solver" in BAD_OPTIONS[words].get("bird", {}):
+        pytest.importorskip("deepinv", reason=WITHOUT_DEEPINV)
     np.save("wide.npy", np.ones((3, 5)))
     options = merged(TEST, BAD_OPTIONS[words])
     done = place.run("restore.py", "-opt", place.write(options), "-i", "photos/coffee.png", "-o", "out")

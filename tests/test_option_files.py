@@ -10,13 +10,15 @@ from basicsr.models import build_model
 from conftest import PHOTOS, ROOT
 from torch.utils.data import default_collate
 
+from ucdir_plugin.diffusion.tasks import TASKS
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import apply_overrides, load_options, option_text
 from ucdir_plugin.registry import build_arch
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
 ALONE = [file for file in FILES if "/" not in file]
-VARIANTS = [file for file in FILES if "/" in file]  # that name a _base_: many, so they run without the tools
+BIRD = [file for file in FILES if file.startswith("bird/")]
+VARIANTS = [file for file in FILES if "/" in file and file not in BIRD]  # of a _base_: many, so without the tools
 
 DENOISER = ["inner_channel=8", "channel_mults=[1,2]", "res_blocks=1"]
 CUT = {
@@ -36,7 +38,7 @@ def test_there_are_option_files():
 
 @pytest.mark.parametrize("file", FILES)
 def test_loads_as_it_is(file):
-    opt = load_options(str(ROOT / "options" / file))
+    opt = load_options(str(ROOT / "options" / file), is_train=file not in BIRD)
     assert opt["name"] == file.rsplit("/", 1)[-1][: -len(".yml")]
 
 
@@ -131,6 +133,28 @@ SMALL_PREDICTORS = {
     "RRDBNet": {"num_feat": 4, "num_block": 1, "num_grow_ch": 2},
     "EDSR": {"num_feat": 4, "num_block": 1},
 }
+
+
+@pytest.mark.parametrize("file", BIRD)
+def test_bird_files_restore_and_test(file, workplace):
+    """A file for each task; observations, where there are several, are the image itself."""
+    path, changes = str(ROOT / "options" / file), ["bird:settings:steps=2"]
+    opt = load_options(path, is_train=False)
+    assert opt["bird"]["task"] == opt["name"]
+    roots = [key for key in opt["datasets"]["val"] if key.startswith("dataroot")]
+    changes += [f"datasets:val:{key}=photos" for key in roots]
+    if opt["bird"]["observations"]:
+        changes.append("bird:observations=[photos, photos]")
+    done = workplace.run("test.py", "-opt", path, "--force_yml", *changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (table,) = (workplace.folder / "results" / opt["name"]).glob("metrics_*.json")
+    assert {"input", "restored"} <= set(json.loads(table.read_text())["mean"])
+    learned = workplace.folder / "results" / opt["name"] / "visualization" / f"{opt['datasets']['val']['name']}_learned"
+    assert (learned / "coffee.learned.npz").is_file() and (learned / "coffee.learned.png").is_file()
+
+
+def test_there_is_a_bird_file_for_each_task():
+    assert {file[len("bird/") : -len(".yml")] for file in BIRD} == set(TASKS)
 
 
 def test_a_variant_is_its_base_but_for_what_it_says():

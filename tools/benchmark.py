@@ -6,6 +6,7 @@ python tools/benchmark.py train        training steps
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
 python tools/benchmark.py complexity -opt FILE.yml ...   parameters, multiply-adds and memory of these networks
 python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
+python tools/benchmark.py bird         a step of BIR-D against its network alone; with --source, what it restores there
 """
 
 import argparse
@@ -40,6 +41,11 @@ def parse_args() -> argparse.Namespace:
     restore.add_argument("--samplers", nargs="+", metavar="NAME[:SPACING]", help="quality: of these (default: all)")
     restore.add_argument("--seeds", type=int, default=1, help="quality: mean over so many seeds (default: %(default)s)")
     restore.add_argument("--figure", metavar="FILE.png", help="seams: patches on their own, inter-step, whole")
+    bird = what.add_parser("bird", parents=[common])
+    bird.add_argument("--size", type=int, default=256, help="height and width, of crops 128 (default: %(default)s)")
+    bird.add_argument("--source", metavar="DIR", help="photographs to blur and restore, instead of the cost")
+    bird.add_argument("--images", type=int, default=12, help="--source: the first so many (default: %(default)s)")
+    bird.add_argument("--prior", default="ffdnet", help="--source: as of tools/restore.py (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -59,6 +65,14 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.what == "restore":
         results = restore(args)
+    elif args.what == "bird":
+        from ucdir_plugin import benchmark_bird
+
+        at_least_one(images=args.images)
+        if args.source:
+            results = benchmark_bird.quality(args.source, args.images, min(args.size, 128), args.prior)
+        else:
+            results = benchmark_bird.cost(args.size, args.repeats)
     elif args.what == "complexity" and args.opt:
         if figure:
             raise UserError("--figure draws the growth curves: leave out -opt")

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from ucdir_plugin import imageio, priors, sampling, weights
+from ucdir_plugin import imageio, priors, sampling, weights, zero_shot
 from ucdir_plugin.data.degradations import gaussian_kernel, motion_kernel
 from ucdir_plugin.diffusion import bird, tiling
 from ucdir_plugin.diffusion.degradation import check_kernel_size
@@ -210,6 +210,7 @@ class BlindRestorer:
         prior: of images.
         task: what is known of the degradation.
         settings: of the solver, for this task.
+        method: another solver instead (:mod:`ucdir_plugin.zero_shot`).
         options: as in an option file.
         device: of the prior.
         blur: a kernel that is known, (1, C, 1, k, k).
@@ -224,6 +225,7 @@ class BlindRestorer:
     options: BirdOptions
     device: torch.device
     blur: Optional[torch.Tensor] = None
+    method: Optional[zero_shot.Method] = None
     seed: int = 0
     about: Dict[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -238,7 +240,7 @@ class BlindRestorer:
 
     @property
     def steps(self) -> int:
-        return self.settings.steps
+        return (self.method or self.settings).steps
 
     @property
     def tile(self) -> Optional[int]:
@@ -309,8 +311,8 @@ class BlindRestorer:
         condition: Optional[Mapping[str, Any]] = None,
     ) -> Dict[str, Any]:
         """All that decides what comes out, beside the image and its key."""
-        used = dataclasses.asdict(self.settings)
-        for name in ("data", "kernel"):
+        used = dataclasses.asdict(self.method or self.settings)
+        for name in ("data", "kernel") if self.method is None else ():
             used[name]["type"] = type(getattr(self.settings, name)).__name__
         options = self.options.model_dump(exclude={"settings", "preset"}, exclude_none=True)
         return {
@@ -370,10 +372,11 @@ class BlindRestorer:
         if first is not None and stage.use in ("start", "both"):
             start = first.to(self.device) * 2 - 1
         noise = sampling.image_noise(seed, keys, self.device, sample, empty)
-        solver = self._solver()(
+        solve = bird.Solver if self.method is None else zero_shot.ZeroShotSolver
+        solver = solve(
             self.prior,
             observed,
-            settings,
+            settings if self.method is None else self.method,
             noise,
             tile=self.tile or 2**30,
             overlap=self.overlap,
@@ -384,9 +387,6 @@ class BlindRestorer:
             progress=progress,
         )
         return solver.run(callback)
-
-    def _solver(self) -> Callable[..., bird.Solver]:
-        return bird.Solver
 
     def guess(self, lq: torch.Tensor, known: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
         """The simple guess that the solver starts from, where it differs from the input; both in [0, 1]."""
@@ -461,7 +461,7 @@ class BlindRestorer:
         self.check(samples, blend, condition)
         more, known = self.companions(key, tuple(lq.shape[-2:]))
         first = self.first_stage(key, lq, seed)
-        told = None if callback is None else lambda done: callback(done.number, done.x_t, done.x0)
+        told = None if callback is None else lambda done: callback(done.number, None, done.x0)
         latest: List[Learned] = []
 
         def draw() -> typing.Iterator[torch.Tensor]:
@@ -576,15 +576,41 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         if not hasattr(settings.data, "noise"):
             raise UserError(f"option bird:noise has no meaning for {options.preset}; remove it")
         settings = changed(settings, {"data": {"noise": options.noise / 255}}, "bird:settings")
-    settings = changed(settings, options.settings, "bird:settings")
-    if options.ablation is not None:
+    if options.solver == "bird":
+        settings = changed(settings, options.settings, "bird:settings")
+    if options.ablation is not None and options.solver == "bird":
         settings = ablation(settings, options.ablation)
     prior = priors.load_prior(options.prior, device, options.network)
-    bird.reverse_schedule(prior, settings)
+    method = None
+    if options.solver != "bird":
+        method = _method(options, task, blur)
+    else:
+        bird.reverse_schedule(prior, settings)
     stage = options.first_stage
     if stage is not None and stage.use == "target" and task.factor != 1 and blur is not None:
         raise UserError("option bird:first_stage: a target has its own size and no blur: remove bird:blur")
     about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
     if prior.file is not None:
         about.update(weights=os.path.basename(prior.file), weights_sha256=weights.sha256_of(prior.file))
-    return BlindRestorer(prior, task, settings, options, device, blur, opt["manual_seed"], about)
+    return BlindRestorer(prior, task, settings, options, device, blur, method, opt["manual_seed"], about)
+
+
+def _method(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> zero_shot.Method:
+    """Another solver, for a known operator.
+
+    Raises:
+        NotAvailable: if deepinv is not installed.
+        UserError: if the operator is not known, or a key of its settings is not.
+    """
+    zero_shot.deepinv()
+    if not task.simplex or (task.blind and blur is None):
+        cure = "say which blur it is (bird:blur)" if task.simplex else "take the solver bird"
+        raise UserError(
+            f"option bird:solver: {options.solver} needs a known degradation, {options.task} has none: {cure}"
+        )
+    if options.preset != "default" or options.ablation is not None:
+        raise UserError(f"option bird:solver: {options.solver} has no preset and no ablation; remove them")
+    method = zero_shot.METHODS[options.solver]()
+    if options.noise is not None:
+        method = dataclasses.replace(method, noise=options.noise / 255)
+    return changed(method, options.settings, "bird:settings")

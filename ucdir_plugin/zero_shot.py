@@ -302,7 +302,7 @@ def physics_of(
         LinearPhysics from the scene to all values of all observations, (B, n), zero where nothing was observed; and y
         of that form, less what the masks M add.
     """
-    parts = [(d.linear(), d.adjoint(like), y.shape) for y, d in observed]
+    parts = [(*d.maps(like), y.shape) for y, d in observed]
 
     def forward(x: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([linear(x).flatten(1) for linear, _, _ in parts], 1)
