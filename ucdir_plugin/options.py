@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from ucdir_plugin import registry
 from ucdir_plugin.conditions import declare
 from ucdir_plugin.data.degradations import chain
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.metrics import protocol
 
@@ -116,12 +117,17 @@ NotNegativeInt = Annotated[Int, Field(ge=0)]
 
 
 class ScheduleOptions(_Schema):
-    """Training noise schedule."""
+    """Training noise schedule; ``start`` and ``end`` are betas, of the linear one."""
 
-    type: Literal["linear"] = "linear"
+    type: Literal["linear", "cosine"] = "linear"
     timesteps: PositiveInt = 2000
     start: float = Field(1e-6, gt=0, lt=1)
     end: float = Field(1e-2, gt=0, lt=1)
+
+    def schedule(self) -> NoiseSchedule:
+        if self.type == "cosine":
+            return NoiseSchedule.cosine(self.timesteps)
+        return NoiseSchedule.linear(self.timesteps, self.start, self.end)
 
 
 class SamplingOptions(_Schema):

@@ -175,8 +175,7 @@ def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
         if kind == "scaled_linear":
             return NoiseSchedule(np.linspace(start**0.5, end**0.5, steps) ** 2)
         if kind == "squaredcos_cap_v2":
-            bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-            return NoiseSchedule(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+            return NoiseSchedule.cosine(steps)
     except ValueError as err:
         raise UserError(f"prior {where}: its schedule does not fit: {err}") from err
     raise UserError(f"prior {where}: beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2 are")
