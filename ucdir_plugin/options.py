@@ -130,6 +130,14 @@ class ScheduleOptions(_Schema):
         return NoiseSchedule.linear(self.timesteps, self.start, self.end)
 
 
+class PriorScheduleOptions(ScheduleOptions):
+    """That of a prior: DDPM's, which :func:`ucdir_plugin.priors.load_prior` takes a file of weights to be of."""
+
+    timesteps: PositiveInt = 1000
+    start: float = Field(1e-4, gt=0, lt=1)
+    end: float = Field(2e-2, gt=0, lt=1)
+
+
 class SamplingOptions(_Schema):
     """How validation and test sample."""
 
@@ -221,6 +229,7 @@ class ValOptions(_Schema):
     metrics: Optional[Dict[str, _Typed]] = None
     weights_dir: Optional[str] = None
     download: bool = False
+    samples: NotNegativeInt = 16
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -247,6 +256,7 @@ class TrainOptions(_Schema):
     ema_start: NotNegativeInt = 0
     diffusion_opt: Optional[_Typed] = None
     initial_opt: Optional[_Typed] = None
+    variance_opt: Optional[_Typed] = None
     predictor: Optional[PredictorOptions] = None
     grad_clip: Optional[float] = Field(None, gt=0)
     accumulate: PositiveInt = 1
@@ -275,6 +285,7 @@ class DatasetOptions(_Schema):
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
     quality: Union[int, Tuple[int, int], None] = None
+    view_scale: Union[float, Tuple[float, float], None] = None
     degradations: Optional[List[Dict[str, Any]]] = None
     ratio: Union[float, Tuple[float, float], None] = None
     electrons: Union[float, Tuple[float, float], None] = None
@@ -314,6 +325,7 @@ class Options(_Schema):
 
 # Of the keys in DatasetOptions, those that one of this package's datasets alone has, and by it those without meaning.
 _ONLY = {
+    "CleanImageDataset": {"view_scale", "seed"},
     "PairedRestorationDataset": {"dataroot_lq", "meta_info_file", "filename_tmpl", "io_backend", "condition_file"},
     "JPEGDataset": {"quality"},
     "LowLightDataset": {"ratio", "electrons", "read", "row", "bits", "seed"},
@@ -321,7 +333,16 @@ _ONLY = {
     "RawPairDataset": {"meta_info_file", "ratio"},
 }
 _MEANINGLESS = {name: {"color", "mean", "std"}.union(*_ONLY.values()) - own for name, own in _ONLY.items()}
-_KNOWN_MODELS = {"UCDIRModel"}
+_KNOWN_MODELS = {"UCDIRModel", "DiffusionPriorModel"}
+# What the other of the two has.
+_FOREIGN = {
+    "UCDIRModel": ("train:variance_opt", "val:samples"),
+    "DiffusionPriorModel": (
+        "train:initial_opt", "train:predictor", "path:pretrain_network_predictor", "val:metrics",
+        *(f"val:sampling:{key}" for key in ("start_timestep", "border", "tile", "overlap", "tile_batch", "grid",
+                                            "merge", "split", "cache_mb")),
+    ),
+}  # fmt: skip
 
 
 def _fields_at(loc: tuple) -> List[str]:
@@ -460,7 +481,8 @@ def _check_train(train: Mapping[str, Any], network: Mapping[str, Any], own_model
 
 
 _OWN_TRAIN = (
-    "ema_start", "diffusion_opt", "initial_opt", "predictor", "grad_clip", "accumulate", "amp", "max_bad_steps"
+    "ema_start", "diffusion_opt", "initial_opt", "variance_opt", "predictor", "grad_clip", "accumulate", "amp",
+    "max_bad_steps",
 )  # fmt: skip
 
 
@@ -469,7 +491,8 @@ def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
     of_basicsr = registry.lookup("model", model_type).__module__.startswith("basicsr.")
     for key in _OWN_TRAIN:
         if of_basicsr and given.get(key) is not None:
-            raise UserError(f"option train:{key} is for UCDIRModel; {model_type} would ignore it")
+            own = "DiffusionPriorModel" if key == "variance_opt" else "UCDIRModel"
+            raise UserError(f"option train:{key} is for {own}; {model_type} would ignore it")
         if key not in given:
             del train[key]
 
@@ -493,6 +516,14 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         raise UserError(f"{where}: a mapping of options is expected")
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
     own_model = raw.get("model_type") in _KNOWN_MODELS
+    prior = raw.get("model_type") == "DiffusionPriorModel"
+    diffusion = raw.get("diffusion", {})
+    if isinstance(diffusion, dict):
+        cosine = diffusion.get("type") == "cosine"
+        for key in {"start", "end"} & diffusion.keys() if cosine else ():
+            raise UserError(f"{where}: option diffusion:{key} has no meaning for type cosine; remove it")
+        if prior:
+            raw["diffusion"] = {**PriorScheduleOptions().model_dump(), **diffusion}
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:
         checked = Options.model_validate_json(_to_json(raw, where)).model_dump()
@@ -514,6 +545,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
         checked = Options.model_validate_json(_to_json(known, where)).model_dump()
     opt = _merge(raw, checked)
+    if opt["diffusion"]["type"] == "cosine":
+        del opt["diffusion"]["start"], opt["diffusion"]["end"]
     if opt["manual_seed"] is None:
         opt["manual_seed"] = 0
     # BasicSR's datasets ask whether a key is there at all.
@@ -550,6 +583,14 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 )
             if not own_model:
                 _drop_own(opt["train"], raw["train"], opt["model_type"])
+        for path in _FOREIGN.get(opt["model_type"], ()):
+            place: Any = raw
+            for key in path.split(":"):
+                place = place.get(key) if isinstance(place, dict) else None
+            if place is not None:
+                raise UserError(f"option {path} has no meaning for {opt['model_type']}; remove it")
+        if not prior:
+            del opt["val"]["samples"]
         _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
         if not own_model:
             if opt["network_g"].get("conditions"):

@@ -1,5 +1,6 @@
 """Training and test loops, registered as BasicSR models."""
 
+from ucdir_plugin.models.prior_model import DiffusionPriorModel
 from ucdir_plugin.models.ucdir_model import UCDIRModel
 
-__all__ = ["UCDIRModel"]
+__all__ = ["DiffusionPriorModel", "UCDIRModel"]
