@@ -151,7 +151,8 @@ class DiffusionPriorModel(DiffusionModel):
 
         Returns:
             ``l_eps``, ``l_eps_l2_band0`` ... (a band without time steps is left out) and, with learned variance,
-            ``bound``, bits per number of an image, without the term of x_T.
+            ``bound``, bits per number of an image, without the term of x_T. From so few time steps it is a rough
+            likelihood: good for comparing iterations, as the draws are the same, not for comparing with papers.
         """
         bands = np.minimum(self.schedule.levels[1:] * BANDS, BANDS - 1).astype(int)
         members = {band: np.flatnonzero(bands == band) for band in range(BANDS) if (bands == band).any()}
