@@ -231,6 +231,9 @@ def test_hybrid_loss_and_where_its_gradients_go():
     for name, own in (("l_eps", slice(0, 3)), ("l_variance", slice(3, 6))):
         gradient = torch.autograd.grad(terms[name], head, retain_graph=True)[0].abs().flatten(1).sum(1)
         assert (gradient[own] > 0).all() and int((gradient > 0).sum()) == 3
+    model.feed_data({"gt": batch()["gt"][2:3]})
+    alone = model.draw([2])  # a function of the sample's number, not of its batch
+    assert alone["timestep"][0] == part["timestep"][2] and torch.equal(alone["noise"][0], part["noise"][2])
 
 
 def test_all_time_steps_are_drawn_evenly():
