@@ -18,7 +18,8 @@ from ucdir_plugin.registry import build_arch
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
 ALONE = [file for file in FILES if "/" not in file]
 BIRD = [file for file in FILES if file.startswith("bird/")]
-VARIANTS = [file for file in FILES if "/" in file and file not in BIRD]  # of a _base_: many, so without the tools
+PRIORS = [file for file in FILES if file.startswith("prior/")]
+VARIANTS = [file for file in FILES if "/" in file and file not in BIRD + PRIORS]  # many, so without the tools
 
 DENOISER = ["inner_channel=8", "channel_mults=[1,2]", "res_blocks=1"]
 CUT = {
@@ -75,6 +76,19 @@ def test_trains_and_tests(file, workplace):
     assert set(mean) == (
         {"input", "initial", "restored"} if raw["network_g"]["type"] == "UCDIR" else {"input", "restored"}
     )
+
+
+@pytest.mark.parametrize("file", PRIORS)
+def test_priors_train_and_test(file, workplace):
+    raw = yaml.safe_load((ROOT / "options" / file).read_text())
+    changes = ["train:total_iter=2", "logger:print_freq=1", "network_g:channel_mult=[1, 1]", "network_g:image_size=16"]
+    changes += ["val:samples=2", "val:sampling:steps=2", "datasets:train:batch_size_per_gpu=2"]
+    changes += [f"datasets:{phase}:{key}" for phase in raw["datasets"] for key in ("dataroot_gt=photos", "gt_size=16")]
+    for tool, folder, end in (("train.py", "experiments", 2), ("test.py", "results", raw["name"])):
+        done = workplace.run(tool, "-opt", str(ROOT / "options" / file), "--force_yml", *changes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        pictures = workplace.folder / folder / raw["name"] / "visualization" / raw["datasets"]["val"]["name"]
+        assert [p.name for p in pictures.iterdir()] == [f"samples_{end}.png"]
 
 
 @pytest.mark.parametrize("file", VARIANTS)

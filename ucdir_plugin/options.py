@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from ucdir_plugin import registry
 from ucdir_plugin.conditions import check_told, declare
 from ucdir_plugin.data.degradations import chain
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.metrics import protocol
 
@@ -116,12 +117,25 @@ NotNegativeInt = Annotated[Int, Field(ge=0)]
 
 
 class ScheduleOptions(_Schema):
-    """Training noise schedule."""
+    """Training noise schedule; ``start`` and ``end`` are betas, of the linear one."""
 
-    type: Literal["linear"] = "linear"
+    type: Literal["linear", "cosine"] = "linear"
     timesteps: PositiveInt = 2000
     start: float = Field(1e-6, gt=0, lt=1)
     end: float = Field(1e-2, gt=0, lt=1)
+
+    def schedule(self) -> NoiseSchedule:
+        if self.type == "cosine":
+            return NoiseSchedule.cosine(self.timesteps)
+        return NoiseSchedule.linear(self.timesteps, self.start, self.end)
+
+
+class PriorScheduleOptions(ScheduleOptions):
+    """That of a prior: DDPM's, which :func:`ucdir_plugin.priors.load_prior` takes a file of weights to be of."""
+
+    timesteps: PositiveInt = 1000
+    start: float = Field(1e-4, gt=0, lt=1)
+    end: float = Field(2e-2, gt=0, lt=1)
 
 
 class SamplingOptions(_Schema):
@@ -215,6 +229,7 @@ class ValOptions(_Schema):
     metrics: Optional[Dict[str, _Typed]] = None
     weights_dir: Optional[str] = None
     download: bool = False
+    samples: NotNegativeInt = 16
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -241,6 +256,7 @@ class TrainOptions(_Schema):
     ema_start: NotNegativeInt = 0
     diffusion_opt: Optional[_Typed] = None
     initial_opt: Optional[_Typed] = None
+    variance_opt: Optional[_Typed] = None
     predictor: Optional[PredictorOptions] = None
     grad_clip: Optional[float] = Field(None, gt=0)
     accumulate: PositiveInt = 1
@@ -269,6 +285,7 @@ class DatasetOptions(_Schema):
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
     quality: Union[int, Tuple[int, int], None] = None
+    view_scale: Union[float, Tuple[float, float], None] = None
     degradations: Optional[List[Dict[str, Any]]] = None
     ratio: Union[float, Tuple[float, float], None] = None
     electrons: Union[float, Tuple[float, float], None] = None
@@ -340,6 +357,7 @@ class Options(_Schema):
 
 # Of the keys in DatasetOptions, those that one of this package's datasets alone has, and by it those without meaning.
 _ONLY = {
+    "CleanImageDataset": {"view_scale", "seed"},
     "PairedRestorationDataset": {"dataroot_lq", "meta_info_file", "filename_tmpl", "io_backend", "condition_file"},
     "JPEGDataset": {"quality"},
     "LowLightDataset": {"ratio", "electrons", "read", "row", "bits", "seed"},
@@ -347,7 +365,16 @@ _ONLY = {
     "RawPairDataset": {"meta_info_file", "ratio"},
 }
 _MEANINGLESS = {name: {"color", "mean", "std"}.union(*_ONLY.values()) - own for name, own in _ONLY.items()}
-_KNOWN_MODELS = {"UCDIRModel", "BIRDModel"}
+_KNOWN_MODELS = {"UCDIRModel", "DiffusionPriorModel", "BIRDModel"}
+# What the other of the two has.
+_FOREIGN = {
+    "UCDIRModel": ("train:variance_opt", "val:samples"),
+    "DiffusionPriorModel": (
+        "train:initial_opt", "train:predictor", "path:pretrain_network_predictor", "val:metrics",
+        *(f"val:sampling:{key}" for key in ("start_timestep", "border", "tile", "overlap", "tile_batch", "grid",
+                                            "merge", "split", "cache_mb")),
+    ),
+}  # fmt: skip
 
 
 def _fields_at(loc: tuple) -> List[str]:
@@ -496,7 +523,8 @@ def _check_conditions(opt: Mapping[str, Any]) -> None:
 
 
 _OWN_TRAIN = (
-    "ema_start", "diffusion_opt", "initial_opt", "predictor", "grad_clip", "accumulate", "amp", "max_bad_steps"
+    "ema_start", "diffusion_opt", "initial_opt", "variance_opt", "predictor", "grad_clip", "accumulate", "amp",
+    "max_bad_steps",
 )  # fmt: skip
 
 
@@ -505,7 +533,8 @@ def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
     of_basicsr = registry.lookup("model", model_type).__module__.startswith("basicsr.")
     for key in _OWN_TRAIN:
         if of_basicsr and given.get(key) is not None:
-            raise UserError(f"option train:{key} is for UCDIRModel; {model_type} would ignore it")
+            own = "DiffusionPriorModel" if key == "variance_opt" else "UCDIRModel"
+            raise UserError(f"option train:{key} is for {own}; {model_type} would ignore it")
         if key not in given:
             del train[key]
 
@@ -561,7 +590,16 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             raise UserError(
                 f"{where}: option {key} has no meaning for BIRDModel, which restores without training; remove it"
             )
-    blind, own_model = raw.get("model_type") == "BIRDModel", raw.get("model_type") == "UCDIRModel"
+    blind = raw.get("model_type") == "BIRDModel"
+    own_model = raw.get("model_type") in _FOREIGN
+    prior = raw.get("model_type") == "DiffusionPriorModel"
+    diffusion = raw.get("diffusion", {})
+    if isinstance(diffusion, dict):
+        cosine = diffusion.get("type") == "cosine"
+        for key in {"start", "end"} & diffusion.keys() if cosine else ():
+            raise UserError(f"{where}: option diffusion:{key} has no meaning for type cosine; remove it")
+        if prior:
+            raw["diffusion"] = {**PriorScheduleOptions().model_dump(), **diffusion}
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:
         checked = Options.model_validate_json(_to_json(raw, where)).model_dump()
@@ -583,6 +621,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
         checked = Options.model_validate_json(_to_json(known, where)).model_dump()
     opt = _merge(raw, checked)
+    if opt["diffusion"]["type"] == "cosine":
+        del opt["diffusion"]["start"], opt["diffusion"]["end"]
     if opt["manual_seed"] is None:
         opt["manual_seed"] = 0
     # BasicSR's datasets ask whether a key is there at all.
@@ -629,6 +669,14 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 )
             if not own_model:
                 _drop_own(opt["train"], raw["train"], opt["model_type"])
+        for path in _FOREIGN.get(opt["model_type"], ()):
+            place: Any = raw
+            for key in path.split(":"):
+                place = place.get(key) if isinstance(place, dict) else None
+            if place is not None:
+                raise UserError(f"option {path} has no meaning for {opt['model_type']}; remove it")
+        if not prior:
+            del opt["val"]["samples"]
         _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
         if blind:
             del opt["diffusion"], opt["val"]["sampling"], opt["compile"]

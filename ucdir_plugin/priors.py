@@ -50,7 +50,8 @@ def load_adm(
     """A prior of OpenAI's kind.
 
     Args:
-        path: its weights, as published or as tools/convert_weights.py wrote them.
+        path: its weights, as published, as tools/convert_weights.py wrote them, or as training here saved them, of
+            which the average is taken.
         network: the arguments of :class:`ADMUNet`. Default: what the file's header says, else the unconditional
             256x256 model.
         schedule: of its training. Default: linear, 1000 steps, 1e-4 to 0.02.
@@ -183,8 +184,7 @@ def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
         if kind == "scaled_linear":
             return NoiseSchedule(np.linspace(start**0.5, end**0.5, steps) ** 2)
         if kind == "squaredcos_cap_v2":
-            bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-            return NoiseSchedule(np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+            return NoiseSchedule.cosine(steps)
     except ValueError as err:
         raise UserError(f"prior {where}: its schedule does not fit: {err}") from err
     raise UserError(f"prior {where}: beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2 are")
@@ -201,8 +201,17 @@ def _json(path: str) -> Dict[str, Any]:
     return content
 
 
-def load_prior(name: str, device: torch.device | str = "cpu", network: Optional[Mapping[str, Any]] = None) -> Prior:
-    """A prior by its name: ``ffdnet``, a folder of diffusers, or a file of OpenAI's weights (with ``network``).
+def load_prior(
+    name: str,
+    device: torch.device | str = "cpu",
+    network: Optional[Mapping[str, Any]] = None,
+    schedule: Optional[NoiseSchedule] = None,
+) -> Prior:
+    """A prior by its name: ``ffdnet``, a folder of diffusers, or a file of weights, of OpenAI's or of a training here.
+
+    Args:
+        network, schedule: of a file of weights, see :func:`load_adm`: ``network_g`` of the option file that trained it,
+            and ``diffusion`` if that is not the default.
 
     Raises:
         UserError: if there is no such thing, or it does not fit.
@@ -212,6 +221,6 @@ def load_prior(name: str, device: torch.device | str = "cpu", network: Optional[
     if os.path.isdir(name):
         return load_diffusers(name, device)
     if os.path.isfile(name):
-        return load_adm(name, network, device=device)
+        return load_adm(name, network, schedule, device)
     hint = did_you_mean(name, ["ffdnet"])
     raise UserError(f"prior {name!r} is neither ffdnet, nor a folder of diffusers, nor a file of weights; {hint}")

@@ -321,7 +321,7 @@ def load_model(
         net.compile_networks()
     diffusion = isinstance(net, UCDIR)
     training = ScheduleOptions(**opt.get("diffusion", {}))
-    schedule = NoiseSchedule.linear(training.timesteps, training.start, training.end) if diffusion else None
+    schedule = training.schedule() if diffusion else None
     about = {
         "model": opt["name"],
         "network": type(net).__name__,

@@ -275,12 +275,12 @@ def convert_adm(
 
 
 def read_prior(path: str) -> tuple[dict[str, torch.Tensor], Optional[dict]]:
-    """Weights of a prior, and its network if the file is one of :func:`convert_adm`'s.
+    """Weights of a prior (averaged ones first), and its network if the file is one of :func:`convert_adm`'s.
 
     Raises:
         UserError: if it is missing or damaged.
     """
-    state, _ = choose_state(read_checkpoint(path), path)
+    state, _ = choose_state(read_checkpoint(path), path, "params_ema")
     if not path.endswith(".safetensors"):
         return state, None
     with safe_open(path, "pt") as file:

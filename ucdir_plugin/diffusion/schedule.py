@@ -49,6 +49,15 @@ class NoiseSchedule:
         """Betas equally spaced from ``start`` to ``end`` (DDPM; UCDIR trains with 2000 steps, 1e-6 to 1e-2)."""
         return cls(np.linspace(start, end, timesteps, dtype=np.float64))
 
+    @classmethod
+    def cosine(cls, timesteps: int) -> NoiseSchedule:
+        """alpha_bar = f(t) / f(0) with f(t) = cos^2((t / T + 0.008) / 1.008 * pi / 2), betas at most 0.999.
+
+        Improved DDPM (arXiv 2102.09672), eq. 17.
+        """
+        ramp = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return cls(np.minimum(1 - ramp[1:] / ramp[:-1], 0.999))
+
     def respace(self, steps: int, spacing: str = "uniform") -> NoiseSchedule:
         """A schedule of ``steps`` steps at some of this one's noise levels, always with the noisiest.
 
@@ -93,6 +102,10 @@ class NoiseSchedule:
         t = int(torch.randint(1, len(self) + 1, (1,), generator=generator))
         u = float(torch.rand(1, generator=generator, dtype=torch.float64))
         return float(self.levels[t] + u * (self.levels[t - 1] - self.levels[t]))
+
+    def sample_timestep(self, generator: torch.Generator) -> int:
+        """Draw t, uniform in 0 .. T - 1."""
+        return int(torch.randint(len(self), (1,), generator=generator))
 
 
 def diffuse(x0: torch.Tensor, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

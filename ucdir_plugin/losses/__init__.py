@@ -1,5 +1,5 @@
 """Losses, registered for BasicSR and MMEngine."""
 
-from ucdir_plugin.losses.diffusion_loss import NoisePredictionLoss
+from ucdir_plugin.losses.diffusion_loss import NoisePredictionLoss, VariationalBoundLoss
 
-__all__ = ["NoisePredictionLoss"]
+__all__ = ["NoisePredictionLoss", "VariationalBoundLoss"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Optional
 
 import torch
 from torch import nn
 
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
 
@@ -58,3 +60,82 @@ class NoisePredictionLoss(nn.Module):
                 snr.clamp(max=self.gamma) / snr if self.weighting == "min_snr" else (1 + snr) ** -self.gamma
             )
         return self.loss_weight * error.mean()
+
+
+@register("loss")
+class VariationalBoundLoss(nn.Module):
+    """Variational bound of the negative log likelihood, from which the variance is learned.
+
+    Improved DDPM (arXiv 2102.09672), eqs. 3 to 7, 15 and 16: ``loss_weight`` is lambda of the hybrid loss. The log
+    variance is f log(beta) + (1 - f) log(beta~) with f = (v + 1) / 2; beta~ of t = 0, which is none, is that of t = 1.
+
+    Args:
+        loss_weight: factor on the loss.
+    """
+
+    def __init__(self, loss_weight: float = 0.001):
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(
+        self,
+        eps: torch.Tensor,
+        v: torch.Tensor,
+        noise: torch.Tensor,
+        x0: torch.Tensor,
+        timestep: torch.Tensor,
+        schedule: NoiseSchedule,
+    ) -> torch.Tensor:
+        """Estimate from time steps drawn uniformly, a scalar; its gradient reaches v alone (their section 3.1)."""
+        terms = variational_terms(eps.detach(), v, noise, x0, timestep, schedule)
+        return self.loss_weight * len(schedule) * terms.mean()
+
+
+def variational_terms(
+    eps: torch.Tensor,
+    v: torch.Tensor,
+    noise: torch.Tensor,
+    x0: torch.Tensor,
+    timestep: torch.Tensor,
+    schedule: NoiseSchedule,
+) -> torch.Tensor:
+    """The bound's term of each image's time step, in bits per number of the image: (B,).
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0 the code length of x_0 rounded to 8 bits. Its sum over all
+    time steps and the term of x_T, which does not depend on the network, make the bound.
+
+    Args:
+        eps, noise: predicted and true noise of x_t, (B, C, H, W).
+        v: predicted, of the same shape.
+        x0: (B, C, H, W) in [-1, 1].
+        timestep: (B,), whole numbers in 0 .. T - 1.
+    """
+    t = timestep.long().cpu()
+
+    def column(values) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.float64)[t].to(eps).view(-1, 1, 1, 1)
+
+    betas, alpha_bar = torch.from_numpy(schedule.betas), torch.from_numpy(schedule.alpha_bar)
+    low = torch.from_numpy(schedule.posterior_variance).clone()
+    low[0] = low[1] if len(low) > 1 else betas[0]
+    part, low = (v + 1) / 2, column(low.log())
+    log_variance = part * column(betas.log()) + (1 - part) * low
+    error = eps - noise
+    # Means differ by c1 (x0 - x0') = beta / sqrt((1 - alpha_bar) alpha) (eps - noise).
+    shift = column(betas / ((1 - alpha_bar) * (1 - betas)).sqrt()) * error
+    gap = low - log_variance
+    divergence = 0.5 * (gap.expm1() - gap + shift.square() * (-log_variance).exp())
+    decoded = _code_length(shift, (0.5 * log_variance).exp(), x0)  # the mean at t = 0 is x0': x0 less the shift
+    terms = torch.where((t == 0).to(eps.device).view(-1, 1, 1, 1), decoded, divergence)
+    return terms.flatten(1).mean(1) / math.log(2)
+
+
+def _code_length(offset: torch.Tensor, std: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    """-log of the mass of N(x0 - offset, std^2) within 1/255 of x0; the outermost of 256 bins have no far end."""
+
+    def below(edge: float) -> torch.Tensor:
+        return torch.special.ndtr((offset + edge) / std)
+
+    upper = torch.where(x0 > 0.999, torch.ones_like(std), below(1 / 255))
+    lower = torch.where(x0 < -0.999, torch.zeros_like(std), below(-1 / 255))
+    return -(upper - lower).clamp(min=1e-12).log()
