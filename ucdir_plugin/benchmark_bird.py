@@ -53,6 +53,8 @@ def _small_prior() -> Prior:
 def _solver(name: str, prior: Prior, size: int) -> Solver:
     """A solver of the task blind at work on one image of noise."""
     settings = preset(name, "blind")
+    if not prior.generates:
+        settings = replace(settings, start="warm", steps=16)
     y = torch.tanh(normal((1, 3, size, size), "benchmark")) * 0.5
     return Solver(prior, [(y, TASKS["blind"].degradation(y, settings))], settings, image_noise(0, ["a"]), tile=2**30)
 
@@ -76,7 +78,7 @@ def cost(size: int, repeats: int) -> List[dict]:
     """Seconds of a step beside its network's, for a small ADM and FFDNet; multiply-adds of the full ADM by count."""
     rows = []
     for title, prior in (("small ADM", _small_prior()), ("FFDNet", priors.load_ffdnet())):
-        for name in ("guided", "default") if prior.generates else ("default",):
+        for name in ("guided", "default"):
             seconds = alternate(_steps(name, prior, size), repeats)
             rows.append(
                 {
@@ -111,11 +113,9 @@ def _count() -> dict:
     return result("full ADM at 256x256, by count (meta device), preset guided", rows)
 
 
-def _memory_case(what: str, name: str, size: int) -> Callable[[], Any]:
-    prior = priors.load_ffdnet() if name == "default" else _small_prior()
-    solver = _solver(name, prior, size)
-    # The network in patches: what is left grows with the image alone.
-    solver.denoise = solver._tiled(128, 32, 1, "drop")
+def _memory_case(what: str, name: str, size: int, tile: int) -> Callable[[], Any]:
+    solver = _solver(name, priors.load_ffdnet(), size)
+    solver.denoise = solver._tiled(tile, 32, 1, "drop")
     x_t, t = solver.first(), len(solver.schedule) // 2
     if what == "bare":
         return lambda: solver.predict(x_t, t)
@@ -123,21 +123,23 @@ def _memory_case(what: str, name: str, size: int) -> Callable[[], Any]:
 
 
 def _memory(size: int) -> dict:
+    """With the network on the whole image, and in patches, where what is left grows with the image alone."""
     rows = []
-    side = 4 * size
+    side = 2 * size
     image = 3 * 4 * side**2 / 2**20
-    for name in ("guided", "default"):
-        bare, step = (peak_memory(_memory_case, what, name, side) for what in ("bare", "step"))
+    for name, tile in (("guided", side + 64), ("default", side + 64), ("guided", 128), ("default", 128)):
+        bare, step = (peak_memory(_memory_case, what, name, side, tile) for what in ("bare", "step"))
         rows.append(
             {
                 "preset": name,
                 "size": side,
-                "network in patches MB": round(bare, 1),
+                "patches": tile if tile < side else "whole",
+                "network MB": round(bare, 1),
                 "step MB": round(step, 1),
                 "difference in images": round((step - bare) / image, 1),
             }
         )
-    return result("memory of a step beyond its network, in image-sized tensors", rows)
+    return result("peak memory of a step and of its network alone (FFDNet), in MB and image-sized tensors", rows)
 
 
 def _crops(folder: str, count: int, size: int) -> Tuple[List[str], torch.Tensor]:
