@@ -84,6 +84,24 @@ def test_least_squares_joint_with_a_closed_form_prior(case):
         assert min(gains) > 0.8
 
 
+def test_least_squares_of_a_batch_on_two_threads():
+    """As each image alone; the LU of a batch in torch's oneMKL gave wrong numbers, or none, on two threads."""
+    threads = torch.get_num_threads()
+    x, y = torch.rand(4, 3, 46, 46), torch.rand(4, 3, 32, 32)
+    d = [Degradation(start_kernel(n, 15), padding="valid") for n in (1, 4)]
+    try:
+        torch.set_num_threads(2)
+        together = steps.LeastSquares()(x, [y], d[1], 0.1, 0.03).kernel
+    finally:
+        torch.set_num_threads(threads)
+    alone = [steps.LeastSquares()(x[i : i + 1], [y[i : i + 1]], d[0], 0.1, 0.03).kernel for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
+    spoiled = torch.cat((x[:1] * float("nan"), x[1:]))
+    found = steps.LeastSquares()(spoiled, [y], d[1], 0.1, 0.03).kernel
+    assert not found[0].isfinite().any()
+    torch.testing.assert_close(found[1:], together[1:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("step", [steps.Gradient(), steps.Gradient(iterations=10)], ids=["1", "10"])
 def test_the_gradient_step_is_the_weaker_one(step):
     """Why least squares are the default: from the same start, the papers' step hardly moves in as many steps."""

@@ -206,7 +206,10 @@ class LeastSquares:
         ridge = self.ridge * torch.eye(size**2, device=old.device, dtype=old.dtype)
         matrix = matrix + scale * (ridge + self.centroid * spread.to(old))
         right = right + self.ridge * scale[:, :, 0] * old.flatten(1)
-        return torch.linalg.solve(matrix, right).view_as(old)
+        # Positive definite. Besides, torch's LU of a batch breaks on two threads (oneMKL: DLASWP, torch 2.14.1, CPU).
+        factor, fault = torch.linalg.cholesky_ex(matrix)
+        found = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+        return found.masked_fill((fault != 0).unsqueeze(-1), math.nan).view_as(old)  # which stops this image alone
 
 
 def _taper(size: int, width: int) -> torch.Tensor:
