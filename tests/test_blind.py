@@ -35,6 +35,7 @@ from ucdir_plugin.diffusion.noise import normal
 from ucdir_plugin.diffusion.tasks import TASKS, exposure_gains, preset, unsaturated
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import check_options
+from ucdir_plugin.registry import build_arch
 
 TEST = {
     "name": "b",
@@ -306,6 +307,26 @@ def test_the_python_api(place):
     again = ucdir_plugin.restore(array, model, key="coffee.png")
     np.testing.assert_array_equal(again.image, found.image)
     assert ucdir_plugin.restore(array, model, key="other").image.tobytes() != found.image.tobytes()
+
+
+def test_colours_start_from_noise_where_the_prior_generates(place):
+    """A small random ADM as a file that says what it is: the prior of a network, by name, in patches of its size."""
+    torch.manual_seed(0)
+    network = {"type": "ADMUNet", "image_size": 32, "num_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1}
+    network.update(attention_resolutions=[], num_head_channels=32, learn_sigma=True)
+    torch.save(build_arch(network).state_dict(), "net.pt")
+    place.write({k: v for k, v in network.items() if k != "type"}, "adm.yml")
+    ok(place.run("convert_weights.py", "--from", "adm", "-opt", "adm.yml", "net.pt", "small.safetensors"))
+    ok(run(place, "colorize", "--prior", "small.safetensors"))
+    settings = json.loads(Path("out/coffee.json").read_text())["settings"]
+    assert settings["settings"]["start"] == "noise" and settings["settings"]["steps"] == 2
+    assert settings["tile"] == 32 and settings["weights"] == "small.safetensors"
+    model = ucdir_plugin.load_model("bird", bird={"task": "colorize", "prior": "small.safetensors"})
+    assert model.settings.start == "noise" and model.steps == blind.COLOUR_STEPS
+    assert ucdir_plugin.load_model("bird", bird={"prior": "small.safetensors"}).settings.start == "warm"
+    ok(run(place, "blind", "--prior", "small.safetensors", "--preset", "guided", target="guided"))
+    scales = np.load("guided/coffee.learned.npz")["scale"]
+    assert np.isfinite(scales).all() and (scales > 0).all()
 
 
 BAD = {

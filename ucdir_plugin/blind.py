@@ -38,6 +38,9 @@ def degraded_name(number: int, count: int) -> str:
     return f".degraded{number if count > 1 else ''}.png"
 
 
+COLOUR_STEPS = 50
+"""Of a process that starts from noise, so that colours come about."""
+
 TENSORS = 14
 """Image-sized tensors of float32 that a solver holds at its peak; least squares on the kernel needs most of them."""
 
@@ -576,11 +579,13 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         if not hasattr(settings.data, "noise"):
             raise UserError(f"option bird:noise has no meaning for {options.preset}; remove it")
         settings = changed(settings, {"data": {"noise": options.noise / 255}}, "bird:settings")
+    prior = priors.load_prior(options.prior, device, options.network)
+    if options.preset == "default" and task.gray and prior.generates:
+        settings = dataclasses.replace(settings, start="noise", steps=COLOUR_STEPS)  # the input has no colours
     if options.solver == "bird":
         settings = changed(settings, options.settings, "bird:settings")
     if options.ablation is not None and options.solver == "bird":
         settings = ablation(settings, options.ablation)
-    prior = priors.load_prior(options.prior, device, options.network)
     method = None
     if options.solver != "bird":
         method = _method(options, task, blur)
