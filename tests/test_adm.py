@@ -164,6 +164,13 @@ def test_convert_and_load(workplace):
     x, level = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
     torch.testing.assert_close(prior(x, level), net(x, prior.timestep(level)))
     assert (prior.channels, prior.learned_variance, prior.stride, prior.size) == (3, True, 2, 16)
+    # Of what was trained here the average is taken.
+    halves = {"params": net.state_dict(), "params_ema": {k: v / 2 for k, v in net.state_dict().items()}}
+    torch.save(halves, workplace.folder / "net_g_1.pth")
+    weights.convert_adm(str(workplace.folder / "net_g_1.pth"), str(workplace.folder / "ema.safetensors"), TINY)
+    state, network = weights.read_prior(str(workplace.folder / "ema.safetensors"))
+    assert network["type"] == "ADMUNet"
+    assert all(torch.equal(v, halves["params_ema"][k]) for k, v in state.items())
     direct = priors.load_adm(str(workplace.folder / "adm.pt"), TINY)
     torch.testing.assert_close(direct(x, level), prior(x, level))
 

@@ -251,7 +251,7 @@ def convert_adm(
     """Turn a checkpoint of OpenAI's guided-diffusion into a prior: one file, its network's configuration in the header.
 
     Args:
-        source: such as ``256x256_diffusion_uncond.pt``.
+        source: such as ``256x256_diffusion_uncond.pt``, or what DiffusionPriorModel trained (the average is taken).
         target: a .safetensors file.
         network: the arguments of :class:`ADMUNet`. Default: the unconditional 256x256 model.
         dtype: that floating-point weights are stored in.
@@ -267,7 +267,7 @@ def convert_adm(
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a prior's file ends with .safetensors")
     config = {"type": "ADMUNet", **(network or {})}
-    state, _ = choose_state(read_checkpoint(source), source)
+    state, _ = choose_state(read_checkpoint(source), source, "params_ema")
     with torch.device("meta"):
         net = build_arch(config, "network")
     state = fitting_state_dict(net, state, source)
