@@ -16,9 +16,10 @@ from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_tools import TORCHRUN, assert_same, final_state
 from torch.distributions import Normal, kl_divergence
 
-from ucdir_plugin.diffusion.bird import Solver, preset
+from ucdir_plugin.diffusion.bird import Solver
 from ucdir_plugin.diffusion.degradation import ChannelMean, Degradation, start_kernel
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
+from ucdir_plugin.diffusion.tasks import preset
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.losses.diffusion_loss import variational_terms
 from ucdir_plugin.options import check_options, load_options
