@@ -116,7 +116,8 @@ def test_every_task_from_the_command_line(scene, task):
         known = blind.read_mask("holes.png", truth.shape[:2])
     half = size // 2
     for number, file in enumerate(seen):
-        d = Degradation(torch.from_numpy(arrays["kernel"][number])[None], None, TASKS[task].operator(known), "reflect")
+        kernel = torch.from_numpy(arrays["kernel"][number])[None].flip(-1, -2)  # saved as a point spread function
+        d = Degradation(kernel, None, TASKS[task].operator(known), "reflect")
         again = d(image)  # of an exposure also where it is white, and tells nothing
         if "mask" in arrays:
             again = again + torch.from_numpy(arrays["mask"][number])
@@ -459,6 +460,108 @@ def test_a_known_blur_is_what_it_says(tmp_path):
     np.save(tmp_path / "k.npy", np.outer([1, 2, 1], [1, 2, 1]))
     found = blind.known_kernel({"file": str(tmp_path / "k.npy")})
     torch.testing.assert_close(found[0, 0, 0], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16)
+
+
+def test_kernels_of_files_are_point_spread_functions(place):
+    """What a bright dot becomes, saved or given; and what was learned can be given back."""
+    psf = np.zeros((5, 5))
+    psf[2, 2], psf[0, 4] = 0.7, 0.3
+    np.save("psf.npy", psf)
+    dot = torch.zeros(1, 3, 9, 9)
+    dot[..., 4, 4] = 1
+    seen = Degradation(blind.known_kernel({"file": "psf.npy"}), padding="zeros")(dot)
+    np.testing.assert_allclose(seen[0, 0, 2:7, 2:7], psf, atol=1e-6)
+    model = ucdir_plugin.load_model("bird", bird={"task": "motion", "blur": {"file": "psf.npy"}}, sampling={"steps": 1})
+    found = ucdir_plugin.restore("photos/coffee.png", model)
+    np.testing.assert_allclose(found.learned.kernel[0][0, 0], psf, atol=1e-6)
+    np.testing.assert_allclose(found.learned.kernels[-1, 0, 0, 0], psf, atol=1e-6)
+
+
+def test_nothing_is_written_over_another(place):
+    """A companion of one image has the name of another image, or of the input itself."""
+    Path("f").mkdir()
+    for name in ("a", "a.degraded"):
+        cv2.imwrite(f"f/{name}.png", read(f"photos/{'coffee' if name == 'a' else 'chelsea'}.png"))
+    for more in ((), ("--overwrite",)):
+        done = run(place, "blind", *more, source="f")
+        assert done.returncode == 1 and "written over a result of a.degraded.png" in done.stderr
+        assert "a.png" not in files("out")
+        restored = json.loads(Path("out/a.degraded.json").read_text())
+        assert restored["input"] == "a.degraded.png"
+        assert np.abs(read("out/a.degraded.png").astype(float) - read("f/a.degraded.png")).mean() < 20
+    before = Path("f/a.degraded.png").read_bytes()
+    done = run(place, "blind", "--overwrite", source="f/a.degraded.png", target="f/a.png")
+    assert_one_line_error(done, "written over the input")
+    assert Path("f/a.degraded.png").read_bytes() == before
+
+
+def test_another_mask_is_another_setting(scene):
+    ok(run(scene, "inpaint", "--mask", "holes.png", source="holed.png"))
+    assert "with other settings" not in ok(run(scene, "inpaint", "--mask", "holes.png", source="holed.png")).stdout
+    cv2.imwrite("holes.png", 255 - read("holes.png"))
+    assert (
+        "1 of them with other settings" in ok(run(scene, "inpaint", "--mask", "holes.png", source="holed.png")).stdout
+    )
+
+
+def test_what_lies_under_holes_does_not_count(scene):
+    """A photograph with a mask, its holes not black: the figure compares what was observed."""
+    learned = []
+    for image in ("holed.png", "truth.png"):
+        model = ucdir_plugin.load_model("bird", bird={"task": "inpaint", "mask": "holes.png"}, sampling={"steps": 2})
+        learned.append(ucdir_plugin.restore(image, model, key="a").learned)
+    torch.testing.assert_close(learned[0].y[0], learned[1].y[0])
+    torch.testing.assert_close(learned[0].image, learned[1].image)
+
+
+def test_an_exposure_that_tells_nothing_counts_for_nothing(scene):
+    white, black = np.ones_like(read("truth.png")) * 255, np.zeros_like(read("truth.png"))
+    white[..., 0] = read("truth.png")[..., 0]  # one channel is not constant
+    cv2.imwrite("white.png", white)
+    cv2.imwrite("black.png", black)
+    ok(run(scene, "hdr", "--observations", "e0.png", "e1.png", "white.png", source=None))
+    ok(run(scene, "hdr", "--observations", "e0.png", "e1.png", "black.png", source=None, target="dark"))
+    assert_one_line_error(
+        run(scene, "hdr", "--observations", "black.png", "black.png", source=None, target="x"), "all pixels are equal"
+    )
+
+
+def test_small_images_and_large_kernels_are_named(place):
+    cv2.imwrite("tiny.png", read("photos/coffee.png")[:8, :9])
+    assert_one_line_error(run(place, "blind", source="tiny.png"), "9x8", "smaller than its kernel of 15x15")
+    ok(run(place, "blind", "--set", "kernel_size=5", source="tiny.png"))
+    assert_one_line_error(run(place, "blind", "--set", "kernel_size=67"), "at most 65")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("bird: [1]", "option bird: a mapping"),
+    ("bird: blind", "option bird: a mapping"),
+    ("bird: {settings: 5}", "option bird:settings: a mapping"),
+    ("bird: {settings: [a]}", "option bird:settings: a mapping"),
+    ("bird: {blur: {file: 3}}", "path of a file"),
+    ("bird: {blur: {type: [1]}}", "there is no [1]"),
+    ("bird: {blur: {type: gaussian, sigma: .inf}}", "0 to 360"),
+    ("bird: {blur: {file: empty.npy}}", "cannot be read"),
+    ("bird: {blur: {file: complex.npy}}", "real numbers"),
+    ("bird: {settings: {data: {type: [x]}}}", "there is no ['x']"),
+    ("bird: {settings: {data: {weight: -1}}}", "weight must be"),
+    ("bird: {settings: {kernel: {quantile: 2}}}", "quantile must be in [0, 1)"),
+    ("bird: {settings: {kernel: {ridge: -5}}}", "ridge must be"),
+    ("bird: {noise: 3, settings: {data: {type: Gradient}}}", "bird:noise has no meaning"),
+    ("bird: {first_stage: {images: photos, use: target}, observations: [photos]}", "remove bird:observations"),
+    ("bird: {first_stage: {model: y.yml}}", "has a first stage itself"),
+])  # fmt: skip
+def test_options_of_other_types_get_one_line(place, text, words):
+    Path("empty.npy").write_bytes(b"")
+    np.save("complex.npy", np.ones((3, 3), complex))
+    Path("y.yml").write_text(f"name: y\nmodel_type: BIRDModel\n{text}\n")
+    done = place.run("restore.py", "-opt", "y.yml", "-i", "photos/coffee.png", "-o", "out", "--steps", "2")
+    assert_one_line_error(done, words)
+
+
+def test_empty_settings_are_none(place):
+    Path("y.yml").write_text("name: y\nmodel_type: BIRDModel\nbird: {settings: }\n")
+    assert ucdir_plugin.load_model("y.yml").settings == preset("default", "blind")
 
 
 def test_a_known_blur_restores_better_than_an_unknown_one():

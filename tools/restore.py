@@ -32,7 +32,11 @@ def parse_args() -> argparse.Namespace:
     add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
     add("--steps", type=int, help="sampling steps")
     add("--spacing", help="of the steps: respace (uniform), trailing, quadratic")
-    add("--tile", type=int, help="longest side of a patch (default: the option file's, else 1024); 0: images whole")
+    add(
+        "--tile",
+        type=int,
+        help="longest side of a patch (default: the option file's, else 1024, of BIR-D the prior's); 0: whole",
+    )
     add("--overlap", type=int, help="pixels dropped at each inner border of a patch (default: the file's, else 64)")
     add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of val:sampling, or of bird:settings")
     add("--seed", type=int, help="the same seed gives the same results (default: the option file's manual_seed)")

@@ -7,6 +7,7 @@ tools/restore.py, tools/test.py and ``ucdir_plugin.restore`` use both in the sam
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import os
 import typing
@@ -23,7 +24,7 @@ from ucdir_plugin.diffusion.degradation import check_kernel_size
 from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.diffusion.tasks import TASKS, Settings, Task, ablation, preset, task_named
 from ucdir_plugin.errors import ImageError, UserError, did_you_mean
-from ucdir_plugin.options import BirdOptions, FirstStageOptions, check_call
+from ucdir_plugin.options import BirdOptions, FirstStageOptions, check_call, read_options
 from ucdir_plugin.restorer import MAX_PIXELS, Drawn, load_model
 
 TILE = 1024
@@ -67,7 +68,7 @@ def changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
         inner, here = dict(value), f"{where}:{key}"
         name = inner.pop("type", None)
         old = getattr(base, key)
-        if name is not None and name not in known:
+        if name is not None and (not isinstance(name, str) or name not in known):
             raise UserError(f"option {here}:type: there is no {name!r}; {did_you_mean(str(name), known)}")
         new = old if name is None or type(old) is known[name] else known[name]()
         values[key] = changed(new, inner, here)
@@ -82,8 +83,10 @@ def changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
 def known_kernel(blur: Mapping[str, Any], channels: int = 3) -> torch.Tensor:
     """A known blur: ``{type: gaussian, sigma: 2.5}``, ``{type: motion, length: 9, angle: 45}`` or ``{file: K.npy}``.
 
+    A file holds a point spread function, what a bright dot becomes, as ``learned.npz`` does too.
+
     Returns:
-        (1, channels, 1, k, k) of sum 1, k odd.
+        (1, channels, 1, k, k) of sum 1, k odd; as :class:`Degradation` has it, mirrored.
 
     Raises:
         UserError: if it is none of these.
@@ -94,14 +97,16 @@ def known_kernel(blur: Mapping[str, Any], channels: int = 3) -> torch.Tensor:
     if path is not None:
         if blur:
             raise UserError(f"option bird:blur: file goes without {', '.join(blur)}")
-        kernel = _kernel_file(path)
+        if not isinstance(path, str):
+            raise UserError(f"option bird:blur:file: the path of a file is expected, got {path!r}")
+        kernel = _kernel_file(path)[::-1, ::-1]
     else:
         kind = blur.pop("type", None)
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise UserError(f"option bird:blur:type: there is no {kind!r}; {did_you_mean(str(kind), kinds)}")
         function, names = kinds[kind]
-        if set(blur) != set(names) or not all(isinstance(v, (int, float)) and v >= 0 for v in blur.values()):
-            raise UserError(f"option bird:blur: {kind} has the numbers {' and '.join(names)}, got {blur}")
+        if set(blur) != set(names) or not all(isinstance(v, (int, float)) and 0 <= v <= 360 for v in blur.values()):
+            raise UserError(f"option bird:blur: {kind} has the numbers {' and '.join(names)}, 0 to 360, got {blur}")
         kernel = function(**blur)
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         raise UserError(f"option bird:blur: a kernel is square, got {' x '.join(map(str, kernel.shape))}")
@@ -116,9 +121,12 @@ def known_kernel(blur: Mapping[str, Any], channels: int = 3) -> torch.Tensor:
 def _kernel_file(path: str) -> np.ndarray:
     try:
         if path.endswith(".npy"):
-            return np.load(path, allow_pickle=False).astype(np.float64)
+            found = np.load(path, allow_pickle=False)
+            if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
+                raise UserError(f"option bird:blur:file: {path}: one array (k, k) of real numbers is expected")
+            return found.astype(np.float64)
         return imageio.read_photo(path, MAX_PIXELS).pixels[..., 0].astype(np.float64)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, EOFError) as err:
         raise UserError(f"option bird:blur:file: {path} cannot be read: {err}") from err
 
 
@@ -130,7 +138,7 @@ class Learned:
         y: (c, h, w) in [0, 1], for each observation.
         degraded: D(image), like ``y``.
         image: (C, H, W) in [0, 1].
-        kernel: for each observation (C, 1 or C, k, k).
+        kernel: for each observation (C, 1 or C, k, k), as point spread functions (of a convolution).
         mask: for each observation (H, W), on the scale of [0, 1], or None.
         sigma, loss, scale, mask_mean, kernels: of each step; see :class:`bird.Trace`.
     """
@@ -192,16 +200,16 @@ def learned_of(result: bird.Result, index: int) -> Learned:
     observations = result.observations
     masks = [o.degradation.mask for o in observations]
     return Learned(
-        [unit(o.y) for o in observations],
+        [o.degradation.of(index).operator.seen(unit(o.y)[None])[0] for o in observations],
         [unit(d) for d in result.degraded],
         unit(result.image).clamp(0, 1),
-        [o.degradation.kernel[index].cpu() for o in observations],
+        [o.degradation.kernel[index].cpu().flip(-1, -2) for o in observations],
         [None if m is None else m[index, 0].cpu() for m in masks],
         np.array(trace.sigma),
         steps(trace.loss),
         steps(trace.scale),
         steps(trace.mask_mean),
-        torch.stack([torch.stack([k[index] for k in kernels]) for kernels in trace.kernel]).numpy(),
+        torch.stack([torch.stack([k[index].flip(-1, -2) for k in kernels]) for kernels in trace.kernel]).numpy(),
     )
 
 
@@ -214,6 +222,7 @@ class BlindRestorer:
         task: what is known of the degradation.
         settings: of the solver, for this task.
         method: another solver instead (:mod:`ucdir_plugin.zero_shot`).
+        first: the first stage's model, if it has one.
         options: as in an option file.
         device: of the prior.
         blur: a kernel that is known, (1, C, 1, k, k).
@@ -229,6 +238,7 @@ class BlindRestorer:
     device: torch.device
     blur: Optional[torch.Tensor] = None
     method: Optional[zero_shot.Method] = None
+    first: Any = None
     seed: int = 0
     about: Dict[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -264,6 +274,14 @@ class BlindRestorer:
         """Ends of the names of further files that an image gives (:meth:`Learned.files`)."""
         count = 1 + len(self.options.observations or ())
         return [LEARNED_ARRAYS, LEARNED_FIGURE, *(degraded_name(number, count) for number in range(1, count + 1))]
+
+    @property
+    def reads(self) -> List[str]:
+        """Files and folders besides the images that results must not be written over."""
+        options, stage = self.options, self.options.first_stage
+        found = [*(options.observations or ()), options.mask, (options.blur or {}).get("file")]
+        found += [stage.images, stage.model, stage.weights] if stage is not None else []
+        return [path for path in found if path is not None]
 
     def _grid(self, height: int, width: int) -> Optional[tiling.Grid]:
         """For the scene of an observation of this size."""
@@ -318,9 +336,11 @@ class BlindRestorer:
         for name in ("data", "kernel") if self.method is None else ():
             used[name]["type"] = type(getattr(self.settings, name)).__name__
         options = self.options.model_dump(exclude={"settings", "preset"}, exclude_none=True)
+        files = {path: _fingerprint(path) for path in self.reads}
         return {
             **self.about,
             **options,
+            **({"files": files} if files else {}),
             "preset": self.options.preset,
             "settings": used,
             "tile": self.tile,
@@ -438,9 +458,7 @@ class BlindRestorer:
         if stage.images is not None:
             image = imageio.to_tensor(imageio.read_photo(partner(stage.images, key, "first stage's image"), MAX_PIXELS))
         else:
-            if not hasattr(self, "_first"):
-                self._first = _load_first(stage, self.device)
-            image = next(self._first.run(lq.clone(), key, seed=seed).samples)
+            image = next(self.first.run(lq.clone(), key, seed=seed).samples)
         expected = tuple(s * self.scale for s in lq.shape[-2:])
         if tuple(image.shape[-2:]) != expected:
             h, w = image.shape[-2:]
@@ -534,7 +552,20 @@ def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.T
     return known
 
 
+def _fingerprint(path: str) -> str:
+    """Whether a file, or what lies in a folder, is still the same."""
+    if os.path.isfile(path):
+        return weights.sha256_of(path)
+    digest = hashlib.sha256()
+    for name in imageio.list_images(path, "folder") if os.path.isdir(path) else ():
+        state = os.stat(os.path.join(path, name))
+        digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
 def _load_first(stage: FirstStageOptions, device: torch.device) -> Any:
+    if stage.model.endswith((".yml", ".yaml")) and (read_options(stage.model).get("bird") or {}).get("first_stage"):
+        raise UserError(f"option bird:first_stage:model: {stage.model} has a first stage itself; remove that")
     return load_model(stage.model, stage.weights, device=str(device))
 
 
@@ -575,15 +606,17 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         if not task.simplex:
             raise UserError(f"option bird:blur has no meaning for task {options.task}; remove it")
         blur, settings = known_kernel(options.blur), settings.known()
-    if options.noise is not None:
-        if not hasattr(settings.data, "noise"):
-            raise UserError(f"option bird:noise has no meaning for {options.preset}; remove it")
-        settings = changed(settings, {"data": {"noise": options.noise / 255}}, "bird:settings")
     prior = priors.load_prior(options.prior, device, options.network)
     if options.preset == "default" and task.gray and prior.generates:
         settings = dataclasses.replace(settings, start="noise", steps=COLOUR_STEPS)  # the input has no colours
     if options.solver == "bird":
         settings = changed(settings, options.settings, "bird:settings")
+    if options.noise is not None and options.solver == "bird":
+        if not hasattr(settings.data, "noise"):
+            raise UserError(
+                f"option bird:noise has no meaning for a data step of gradients ({options.preset}); remove it"
+            )
+        settings = changed(settings, {"data": {"noise": options.noise / 255}}, "bird:settings")
     if options.ablation is not None and options.solver == "bird":
         settings = ablation(settings, options.ablation)
     method = None
@@ -592,12 +625,14 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
     else:
         bird.reverse_schedule(prior, settings)
     stage = options.first_stage
-    if stage is not None and stage.use == "target" and task.factor != 1 and blur is not None:
-        raise UserError("option bird:first_stage: a target has its own size and no blur: remove bird:blur")
+    if stage is not None and stage.use != "start" and (blur is not None or options.observations):
+        what = "blur" if blur is not None else "observations"
+        raise UserError(f"option bird:first_stage: a target is restored instead of all else: remove bird:{what}")
+    first = _load_first(stage, device) if stage is not None and stage.model is not None else None
     about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
     if prior.file is not None:
         about.update(weights=os.path.basename(prior.file), weights_sha256=weights.sha256_of(prior.file))
-    return BlindRestorer(prior, task, settings, options, device, blur, method, opt["manual_seed"], about)
+    return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about)
 
 
 def _method(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> zero_shot.Method:

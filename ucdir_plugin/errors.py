@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import math
 import os
 import sys
 import threading
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Optional
 
 
 class UserError(Exception):
@@ -43,6 +44,11 @@ class WriteError(UserError):
     """A file cannot be written: what follows could not be either."""
 
 
+def named(key: str, reason: str) -> str:
+    """A reason with the image that it is of, once."""
+    return reason if reason.startswith(f"{key}: ") else f"{key}: {reason}"
+
+
 def at_least_one(**values: int) -> None:
     """
     Raises:
@@ -51,6 +57,16 @@ def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def at_least(least: float, where: str, **values: Optional[float]) -> None:
+    """
+    Raises:
+        UserError: naming the first value, but None, that is below ``least`` or not finite.
+    """
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UserError(f"{where}: {name} must be a number of at least {least}, got {value}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

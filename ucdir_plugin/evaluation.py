@@ -15,7 +15,7 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.registry import METRIC_REGISTRY
 
 from ucdir_plugin import report
-from ucdir_plugin.errors import NotAvailable, NotMeasurable
+from ucdir_plugin.errors import NotAvailable, NotMeasurable, named
 from ucdir_plugin.metrics import distances, protocol
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -155,7 +155,7 @@ class Evaluation:
 
     def fail(self, key: str, reason: str) -> None:
         """An image that could not be restored: it is in no table and no mean, and said."""
-        get_root_logger().warning(f"failed: {reason}" if reason.startswith(key) else f"failed: {key}: {reason}")
+        get_root_logger().warning(f"failed: {named(key, reason)}")
         self._failed[key] = reason
 
     def share(self) -> dict[str, Any]:

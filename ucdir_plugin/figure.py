@@ -30,11 +30,11 @@ def learned_figure(learned: Learned) -> bytes:
         name = f"y{number + 1}" if count > 1 else "y"
         y, degraded, kernel = learned.y[number], learned.degraded[number], learned.kernel[number]
         rest = (degraded - y).abs().mean(0)
-        _show(row[0], _small(y), f"{name} (observed)")
+        _show(row[0], _small(y.expand(3, -1, -1)), f"{name} (observed)")
         _show(row[1], _small(learned.image), "restored")
         _show(
             row[2],
-            _small(degraded),
+            _small(degraded.expand(3, -1, -1)),
             f"degraded again, RMS error {float((degraded - y).square().mean()) ** 0.5:.4f}",
         )
         top = float(rest.max())

@@ -325,7 +325,9 @@ class BirdOptions(_Schema):
     ablation: Optional[Literal["A", "B", "C", "D"]] = None
     noise: Optional[float] = Field(None, ge=0, le=255)  # of y, of 255
     blur: Optional[Dict[str, Any]] = None
-    settings: Dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[Dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        default_factory=dict
+    )
     observations: Optional[List[str]] = None
     mask: Optional[str] = None
     holes: Literal["white", "black"] = "white"

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ucdir_plugin import imageio, memory
-from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.errors import UserError, WriteError, named
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
@@ -248,6 +248,7 @@ def restore_files(
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
     settings = model.record_settings(seed, samples, blend, condition)
     records = {job: read_record(job.stem) for job in jobs}
+    clashes = _clashes(jobs, extension, samples, model)
     skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
     todo = [job for job in jobs if job not in set(skipped)]
@@ -261,6 +262,8 @@ def restore_files(
             results = _Results(job, extension)
             every.append(results)
             try:
+                if job in clashes:
+                    raise UserError(clashes[job])
                 if not overwrite:
                     _keep_foreign(results, records[job], samples, model.beside)
                 record = _restore_one(
@@ -285,7 +288,7 @@ def restore_files(
     if failed and not skipped and not any(results.finished for results in every):
         _give_up(source, failed)
     for key, reason in failed.items():
-        print(f"failed: {key}: {reason}", file=sys.stderr)
+        print(f"failed: {named(key, reason)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -378,17 +381,38 @@ def _keep_foreign(
     Raises:
         UserError: if a file that no record claims is where a result would go.
     """
-    numbered = [f"_sample{i + 1}" for i in range(samples)] if samples > 1 else [""]
-    suffixes = [*numbered, *(("_mean", "_spread") if samples > 1 else ())]
-    names = [f"{results.name}{suffix}{results.extension}" for suffix in suffixes]
-    names += [f"{results.name}{number}{more}" for number in numbered for more in beside] + [f"{results.name}.json"]
-    ours = [*record["outputs"], names[-1]] if record else []
-    for name in names:
+    own, more = _names(results.name, results.extension, samples, beside)
+    ours = [*record["outputs"], f"{results.name}.json"] if record else []
+    for name in own + more:
         if name not in ours and os.path.exists(os.path.join(results.folder, name)):
             raise UserError(
                 f"{os.path.join(results.folder, name)} is there already, and no record beside it says that it is a"
                 " result: move it away, name another -o, or add --overwrite"
             )
+
+
+def _names(stem: str, extension: str, samples: int, beside: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Of the files that an image gives: its results and record, and what lies beside them."""
+    numbered = [f"_sample{i + 1}" for i in range(samples)] if samples > 1 else [""]
+    suffixes = [*numbered, *(("_mean", "_spread") if samples > 1 else ())]
+    results = [f"{stem}{suffix}{extension}" for suffix in suffixes]
+    return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in beside]
+
+
+def _clashes(jobs: List[Job], extension: str, samples: int, model: Model) -> Dict[Job, str]:
+    """Images of which a file would be written over an input or another image's result: why they are not restored."""
+    inputs = [(job.path, f"the input {job.key}") for job in jobs]
+    inputs += [(path, f"{path}, which is read") for path in model.reads if os.path.isfile(path)]
+    owners = {os.path.realpath(path): whose for path, whose in inputs}
+    names = {job: _names(job.stem, extension, samples, model.beside) for job in jobs}
+    found: Dict[Job, str] = {}
+    for part in (0, 1):  # results come first: what lies beside gives way
+        for job in jobs:
+            for path in names[job][part]:
+                whose = owners.setdefault(os.path.realpath(path), f"a result of {job.key}")
+                if whose != f"a result of {job.key}":
+                    found[job] = f"{path} would be written over {whose}: name another -o, or restore it on its own"
+    return found
 
 
 def _check_writable(folder: str) -> None:
@@ -410,5 +434,5 @@ def _give_up(source: str, failed: Dict[str, str]) -> None:
     if os.path.isfile(source):
         raise UserError(next(iter(failed.values())))
     for key, reason in failed.items():
-        print(f"failed: {key}: {reason}", file=sys.stderr)
+        print(f"failed: {named(key, reason)}", file=sys.stderr)
     raise UserError(f"none of the {len(failed)} images of {source} could be restored; the reasons are above")

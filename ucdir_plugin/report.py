@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 import numpy as np
 from scipy.stats import bootstrap, norm, t
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import UserError, named
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.metrics import protocol
 
@@ -177,7 +177,7 @@ def remarks(results: Results) -> list[str]:
         for metric, count in counts.items()
         if count < len(results.rows)
     ]
-    lines += [f"failed, in no mean: {escaped(key)}: {reason}" for key, reason in results.failed.items()]
+    lines += [f"failed, in no mean: {escaped(named(key, reason))}" for key, reason in results.failed.items()]
     for found in results.sets.values():
         for metric, result in found.items():
             lines += [f"{metric}: {w}." for w in [*result["warnings"], *filter(None, [result.get("reason")])]]

@@ -221,6 +221,11 @@ class Restorer:
         """Ends of the names of further files that an image gives."""
         return []
 
+    @property
+    def reads(self) -> List[str]:
+        """Files besides the images that results must not be written over."""
+        return []
+
     def like(self, photo: imageio.Photo) -> imageio.Photo:
         """The kind of photo that the result is: this one's."""
         return photo
@@ -355,6 +360,9 @@ def _blind(
 
     raw = {"name": model, "model_type": "BIRDModel"} if model == "bird" else read_options(model)
     base = raw.get("bird") or {}
+    if not isinstance(base, Mapping) or not isinstance(base.get("settings") or {}, Mapping):
+        what = "bird:settings" if isinstance(base, Mapping) else "bird"
+        raise UserError(f"{os.path.basename(model)}: option {what}: a mapping is expected")
     if bird.get("task", base.get("task")) != base.get("task"):
         raw.pop("scale", None)
     raw["bird"] = blind.merged({**base, **bird}, sampling)

@@ -97,14 +97,16 @@ def exposure(image: np.ndarray, gain: float) -> np.ndarray:
 
 def holes(image: np.ndarray, share: float, size: int, rng: np.random.Generator) -> np.ndarray:
     """Squares of ``size`` pixels at random places become NaN, until they are ``share`` of the image."""
-    image = image.copy()
     height, width = image.shape[:2]
-    wanted = round(share * height * width)
-    while (missing := wanted - int(np.isnan(image[..., 0]).sum())) > 0:
+    hidden = np.zeros((height, width), bool)
+    missing = round(share * height * width)
+    while missing > 0:
         side = min(size, max(1, math.isqrt(missing)))
         top, left = (int(rng.integers(0, max(1, extent - side + 1))) for extent in (height, width))
-        image[top : top + side, left : left + side] = np.nan
-    return image
+        square = hidden[top : top + side, left : left + side]
+        missing -= square.size - int(square.sum())
+        square[:] = True
+    return np.where(hidden[..., None], np.float32(np.nan), image)
 
 
 def srgb_to_linear(image: np.ndarray) -> np.ndarray:

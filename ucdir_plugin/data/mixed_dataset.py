@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import KINDS, Step, chain, degrade, shrinks
-from ucdir_plugin.data.paired_dataset import option, to_sample
+from ucdir_plugin.data.paired_dataset import option, some_of, to_sample
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.imageio import image_size
 from ucdir_plugin.registry import register
 
 
@@ -42,6 +44,10 @@ class MixedDegradationDataset(CleanImages):
         names = [step.name for step in self.steps if step.name.rstrip("0123456789") in ("holes", "block_mean")]
         if self.train and names:
             raise UserError(f"option datasets: {opt['name']}: {names[0]} is for tests of BIR-D; remove it")
+        factor = shrinks(self.steps)
+        for name in some_of(self.names) if factor > 1 else ():
+            if min(image_size(os.path.join(self.root, name))) < factor:
+                raise UserError(f"image {os.path.join(self.root, name)} has no block of {factor} pixels; remove it")
 
     @staticmethod
     def tells(opt: dict) -> dict[str, tuple]:

@@ -180,6 +180,11 @@ class Solver:
         self.prior, self.settings, self.noise, self.progress = prior, settings, noise, progress
         self.names = list(names) if names is not None else [str(i) for i in range(len(observed[0][0]))]
         self.border = observed[0][1].border
+        flat = [y.flatten(1) for y, _ in observed]
+        constant = torch.stack([y.amax(1) == y.amin(1) for y in flat]).all(0)  # in all observations
+        for name, lost in zip(self.names, constant.tolist()):
+            if lost:
+                raise UserError(f"{name}: all pixels are equal, there is nothing to restore")
         self.observations = [self._observation(y, degradation) for y, degradation in observed]
         shapes = {tuple(o.guess.shape) for o in self.observations}
         if len(shapes) > 1:
@@ -205,10 +210,6 @@ class Solver:
             raise ValueError(f"{len(degradation.kernel)} kernels for {len(y)} images")
         if degradation.kernel.shape[1] != self.prior.channels:
             raise UserError(f"the prior has {self.prior.channels} channels, the kernel {degradation.kernel.shape[1]}")
-        flat = y.flatten(1)
-        for name, constant in zip(self.names, (flat.amax(1) == flat.amin(1)).tolist()):
-            if constant:
-                raise UserError(f"{name}: all pixels are equal, there is nothing to restore")
         if degradation.border != self.border:
             raise UserError("observations of one scene need kernels of one size with padding valid")
         guess = degradation.operator.lift((y + 1) / 2, self.prior.channels) * 2 - 1

@@ -51,6 +51,11 @@ class Operator:
         """What y would look like, to be compared with it by eye."""
         return self(x)
 
+    def seen(self, y: torch.Tensor) -> torch.Tensor:
+        """y (in [0, 1]) as ``shown`` shows it: black where nothing was observed."""
+        known = self.observed(y)
+        return y if known is None else y * known
+
     def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
         """A simple guess at x from y, to start from: (B, c, h, w) -> (B, channels, H, W)."""
         return y
@@ -133,10 +138,19 @@ class HoleMask(Operator):
 
 
 class Unsaturated(HoleMask):
-    """An exposure: pixels at the upper end of the range (known 0) say nothing, but are seen."""
+    """An exposure: pixels at the upper end of the range (known 0) say nothing, but are seen. There may be no others."""
+
+    def __init__(self, known: torch.Tensor):
+        self.known = known.float()
+
+    def seen(self, y: torch.Tensor) -> torch.Tensor:
+        return y
 
     def shown(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def lift(self, y: torch.Tensor, channels: int) -> torch.Tensor:
+        return y
 
 
 class ChannelMean(Operator):
@@ -402,7 +416,7 @@ class Degradation:
         seen = self.operator.observed(y)
         if seen is None:
             return y.new_full((len(y),), float(y[0].numel()))
-        return seen.expand(y.shape).flatten(1).sum(1)
+        return seen.expand(y.shape).flatten(1).sum(1).clamp(min=1)
 
     def gradients(
         self, x: torch.Tensor, targets: Sequence[torch.Tensor], of: Sequence[str]

@@ -13,7 +13,7 @@ from typing import List, Literal, Optional, Sequence, Union
 import torch
 
 from ucdir_plugin.diffusion.degradation import Degradation
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import UserError, at_least, at_least_one
 
 
 @dataclass
@@ -272,6 +272,10 @@ class Proximal:
     noise: float = 2 / 255
     kernel_error: float = 0.3
     iterations: int = 10
+
+    def __post_init__(self) -> None:
+        at_least(0, "data step", weight=self.weight, noise=self.noise, kernel_error=self.kernel_error)
+        at_least_one(iterations=self.iterations)
 
     def error(self, sigma: float) -> float:
         """sigma_e of a kernel of sum 1."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ucdir_plugin.diffusion.degradation import Degradation, project_simplex
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import UserError, at_least
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class Gradient:
     learns = True
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("mask_rate", self.mask_rate), ("mask_sigma", self.mask_sigma)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"kernel step: {name} must be a number of at least 0, got {value}")
+        at_least(0, "kernel step", rate=self.rate, mask_rate=self.mask_rate, mask_sigma=self.mask_sigma)
         if self.iterations < 1:
             raise UserError(f"kernel step: iterations must be at least 1, got {self.iterations}")
 
@@ -117,6 +115,10 @@ def gaussian_smooth(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return x
 
 
+LARGEST = 65
+"""Side of a kernel for least squares, whose matrix has its fourth power of numbers."""
+
+
 @dataclass(frozen=True)
 class LeastSquares:
     """Ridge least squares on strong gradients, with the posterior covariance of x_0: one kernel for all channels.
@@ -142,6 +144,12 @@ class LeastSquares:
 
     learns = True
 
+    def __post_init__(self) -> None:
+        at_least(0, "least-squares kernel step", ridge=self.ridge, centroid=self.centroid, taper=self.taper)
+        for name in ("quantile", "threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"least-squares kernel step: {name} must be in [0, 1), got {getattr(self, name)}")
+
     def check(self, x: torch.Tensor, degradation: Degradation) -> None:
         """
         Raises:
@@ -153,6 +161,13 @@ class LeastSquares:
             )
         if degradation.kernel.shape[2] != 1:
             raise UserError("the least-squares kernel step gives one kernel for all channels: take gradient for mixing")
+        size, (height, width) = degradation.size, (side - 2 * degradation.border for side in x.shape[-2:])
+        if size > LARGEST:
+            raise UserError(f"kernel_size {size} is too much for the least-squares kernel step: take at most {LARGEST}")
+        if size > min(height, width):
+            raise UserError(
+                f"an image of {width}x{height} is smaller than its kernel of {size}x{size}: take a smaller one"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -243,6 +258,8 @@ def _covariance(
     band = (square > (1.5 * low) ** 2) & (square < 0.06**2)
     if not bool(band.any()):  # a small image
         band = (square > 0) & (square < 0.25**2)
+    if not bool(band.any()):
+        band = square > 0
     a = (square * seen)[:, band].mean(1).clamp(min=1e-12).view(-1, 1, 1)
     fx = fx[: width // 2 + 1]
     square = square[:, : width // 2 + 1]
