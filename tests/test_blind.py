@@ -273,7 +273,7 @@ def test_first_stage(place):
 
     def restored(use: str, **more) -> np.ndarray:
         stage = {"images": "first", "use": use, **more}
-        opt = place.write(merged(options, {"bird": {"first_stage": stage}}))
+        opt = place.write(merged(options, {"bird": {"first_stage": stage}}), "b.yml")
         ok(place.run("restore.py", "-opt", opt, "-i", "coffee.png", "-o", use))
         return read(f"{use}/coffee.png").astype(float)
 
@@ -282,7 +282,7 @@ def test_first_stage(place):
 
     blurred = read("coffee.png").astype(float)
     plain = merged(options, {"bird": {"first_stage": None}})
-    ok(place.run("restore.py", "-opt", place.write(plain), "-i", "coffee.png", "-o", "plain"))
+    ok(place.run("restore.py", "-opt", place.write(plain, "b.yml"), "-i", "coffee.png", "-o", "plain"))
     without = read("plain/coffee.png").astype(float)
     assert error(without, blurred) < 2 < error(truth, blurred)
     # t* is so small that hardly anything but the start and the data decide.
@@ -295,7 +295,9 @@ def test_first_stage(place):
     small = merged(options, {"bird": {"first_stage": {"images": "small.png"}}})
     cv2.imwrite("small.png", truth[:20])
     assert_one_line_error(
-        place.run("restore.py", "-opt", place.write(small), "-i", "coffee.png", "-o", "o"), "first stage", "is needed"
+        place.run("restore.py", "-opt", place.write(small, "b.yml"), "-i", "coffee.png", "-o", "o"),
+        "first stage",
+        "is needed",
     )
 
 

@@ -135,6 +135,9 @@ PRESETS: Dict[str, Settings] = {
 LEAST_SQUARES_SIZE = 15
 """Of a kernel that least squares estimate: a size that is too small for a motion loses most of the gain."""
 
+BLACK = 1e-3
+"""Mean brightness, of [0, 1], below which an exposure is black."""
+
 SATURATED = 0.98
 """From here on, of [0, 1], a pixel of an exposure may have been brighter."""
 
@@ -300,9 +303,10 @@ class Task:
 def unsaturated(images: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     """Which pixels of exposures (B, C, H, W) in [0, 1] are below the upper end of the range, (B, 1, H, W) each.
 
-    Of the darkest exposure of each scene all are taken: no other knows more.
+    Of the darkest exposure of each scene, but black ones, all are taken: no other knows more.
     """
-    darkest = torch.stack([image.flatten(1).mean(1) for image in images]).argmin(0)
+    brightness = torch.stack([image.flatten(1).mean(1) for image in images])
+    darkest = torch.where(brightness < BLACK, float("inf"), brightness).argmin(0)
     found = []
     for number, image in enumerate(images):
         below = image.amax(1, keepdim=True) < SATURATED
@@ -327,6 +331,8 @@ def exposure_gains(images: Sequence[torch.Tensor]) -> torch.Tensor:
     for b in range(batch):
         one = [image[b].double().cpu() for image in images]
         order = sorted(range(count), key=lambda i: float(one[i].mean()))
+        black = [i for i in order if float(one[i].mean()) < BLACK]
+        order = order[len(black) :] or order
         for dark, bright in zip(order, order[1:]):
             both = (one[dark] > 0.02) & (one[bright] < 0.95)
             if int(both.sum()) < 16:
@@ -338,6 +344,8 @@ def exposure_gains(images: Sequence[torch.Tensor]) -> torch.Tensor:
         darkest = one[order[0]].amax(0) / gains[order[0], b]
         highlight = float(darkest.flatten().kthvalue(max(1, round(0.99 * darkest.numel()))).values)
         gains[:, b] *= min(max(highlight, 1.0), 2.0)
+        if len(black) < count:
+            gains[black, b] = 1e-3 * gains[order[0], b]  # they tell nothing
     return gains.to(images[0])
 
 
