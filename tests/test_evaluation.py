@@ -194,7 +194,8 @@ def test_tables(images, tmp_path):
     stored = json.loads(
         (tmp_path / "m.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert set(stored) == {"about", "protocols", "mean", "interval", "measured", "sets", "unavailable", "images"}
+    keys = {"about", "protocols", "mean", "interval", "measured", "sets", "unavailable", "failed", "images"}
+    assert set(stored) == keys
     assert stored["mean"]["restored"]["psnr"] == "inf"
     assert stored["sets"]["restored"]["kid"]["standard_error"] > 0
     assert stored["protocols"]["fid"]["patches"].startswith("32x32")
