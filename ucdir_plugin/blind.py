@@ -246,6 +246,9 @@ class BlindRestorer:
     conditions = ()
     diffusion = True
 
+    def __post_init__(self) -> None:
+        self._folders: Dict[str, Dict[str, str]] = {}  # images by stem, listed once
+
     @property
     def scale(self) -> int:
         """Output size / input size."""
@@ -412,7 +415,10 @@ class BlindRestorer:
         return solver.run(callback)
 
     def guess(self, lq: torch.Tensor, known: Optional[torch.Tensor] = None) -> Optional[torch.Tensor]:
-        """The simple guess that the solver starts from, where it differs from the input; both in [0, 1]."""
+        """y brought to the result's size and channels, its holes filled; None where it has them; both in [0, 1].
+
+        Low light and HDR start from brighter guesses of their own.
+        """
         if self.task.factor == 1 and not self.task.gray and not self.task.holes:
             return None
         y = self.observed(lq.to(self.device))
@@ -434,7 +440,7 @@ class BlindRestorer:
         """
         more = []
         for where in self.options.observations or ():
-            photo = imageio.read_photo(partner(where, key, "observation"), MAX_PIXELS)
+            photo = imageio.read_photo(self._partner(where, key, "observation"), MAX_PIXELS)
             more.append(imageio.to_tensor(photo))
             if more[-1].shape[-2:] != size:
                 h, w = more[-1].shape[-2:]
@@ -443,8 +449,26 @@ class BlindRestorer:
                 )
         known = None
         if self.task.holes and self.options.mask is not None:
-            known = read_mask(partner(self.options.mask, key, "mask"), size, self.options.holes)
+            known = read_mask(self._partner(self.options.mask, key, "mask"), size, self.options.holes)
         return more, known
+
+    def _partner(self, where: str, key: str, what: str) -> str:
+        """The file of ``where``: itself, or in a folder the one whose relative path agrees up to the extension.
+
+        Raises:
+            ImageError: if it is missing.
+        """
+        if os.path.isfile(where):
+            return where
+        if not os.path.isdir(where):
+            raise ImageError(f"{what}: {where} does not exist")
+        stem = os.path.splitext(key)[0]
+        if where not in self._folders:
+            self._folders[where] = imageio.images_by_stem(where, what)
+        found = self._folders[where]
+        if stem not in found:
+            raise ImageError(f"{key}: its {what} {stem}.* is not in {where}; {did_you_mean(stem, found)}")
+        return os.path.join(where, found[stem])
 
     def first_stage(self, key: str, lq: torch.Tensor, seed: Optional[int] = None) -> Optional[torch.Tensor]:
         """What the first stage makes of an image: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale) or None.
@@ -456,7 +480,9 @@ class BlindRestorer:
         if stage is None:
             return None
         if stage.images is not None:
-            image = imageio.to_tensor(imageio.read_photo(partner(stage.images, key, "first stage's image"), MAX_PIXELS))
+            image = imageio.to_tensor(
+                imageio.read_photo(self._partner(stage.images, key, "first stage's image"), MAX_PIXELS)
+            )
         else:
             image = next(self.first.run(lq.clone(), key, seed=seed).samples)
         expected = tuple(s * self.scale for s in lq.shape[-2:])
@@ -507,23 +533,6 @@ class BlindRestorer:
             return first if first is not None else self.guess(lq, known)
 
         return Drawn(initial, draw(), lambda: latest[0] if latest else None)
-
-
-def partner(where: str, key: str, what: str) -> str:
-    """The file of ``where``: itself, or in a folder the one whose relative path agrees up to the extension.
-
-    Raises:
-        ImageError: if it is missing.
-    """
-    if os.path.isfile(where):
-        return where
-    if not os.path.isdir(where):
-        raise ImageError(f"{what}: {where} does not exist")
-    stem = os.path.splitext(key)[0]
-    found = imageio.images_by_stem(where, what)
-    if stem not in found:
-        raise ImageError(f"{key}: its {what} {stem}.* is not in {where}; {did_you_mean(stem, found)}")
-    return os.path.join(where, found[stem])
 
 
 def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.Tensor:

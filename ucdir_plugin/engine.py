@@ -342,7 +342,7 @@ def test(args: argparse.Namespace) -> int:
     if opt["dist"]:
         dist.barrier()
     logger = start_log(opt, "test")
-    weights, failed = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0
+    weights, failed, lost = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0, []
     logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
     for test_set in sets:
         name = test_set.opt["name"]
@@ -355,8 +355,8 @@ def test(args: argparse.Namespace) -> int:
             results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
             failed += len(results.failed)
             if not results.rows:
-                raise UserError(f"none of the {len(test_set)} images of {name} could be restored: the log says why")
-            if opt["rank"] == 0:
+                lost.append(f"none of the {len(test_set)} images of {name}")
+            elif opt["rank"] == 0:
                 stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
                 about = {"name": opt["name"], "dataset": name, "weights": weights}
                 about["weights_sha256"] = sha256_of(weights) if weights else None
@@ -370,4 +370,6 @@ def test(args: argparse.Namespace) -> int:
         finally:
             if opt["rank"] == 0:
                 pictures.remove()
+    if lost:
+        raise UserError(f"{' and '.join(lost)} could be restored: the log says why")
     return 1 if failed else 0

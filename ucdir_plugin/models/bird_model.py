@@ -29,19 +29,19 @@ class BIRDModel(SRModel):
         self.weights = self.restorer.prior.file
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take an image: ``lq`` (1, 3, h, w) in [0, 1] and ``key``; perhaps ``gt``, ``observations``, ``known``.
+        """Take an image: ``lq`` (1, 3, h, w) in [0, 1] and ``key``; perhaps ``gt`` and ``known``, 0 in holes.
 
-        ``observations`` are further ones of the same scene, ``known`` (1, 1, h, w) is 0 in holes.
+        Further observations, and masks that the data do not tell, are files that ``bird`` names.
         """
         self.lq = data["lq"]
         self.__dict__.pop("gt", None)
         if "gt" in data:
             self.gt = data["gt"]
-        self.more, self.known = list(data.get("observations", [])), data.get("known")
+        self.known = data.get("known")
         self.keys = list(data["key"]) if "key" in data else [str(p) for p in data.get("lq_path", [""] * len(self.lq))]
 
     def test(self) -> None:
-        """Restore: sets ``output`` (B, 3, H, W) in [0, 1], ``initial`` (the guess it starts from) and ``learned``.
+        """Restore: sets ``output`` (1, 3, H, W) in [0, 1], ``initial`` (see ``BlindRestorer.guess``) and ``learned``.
 
         Raises:
             ImageError: if this image cannot be restored.
@@ -50,20 +50,18 @@ class BIRDModel(SRModel):
 
         work = self.restorer
         try:
-            more, known = (
-                work.companions(self.keys[0], tuple(self.lq.shape[-2:])) if len(self.keys) == 1 else ([], None)
-            )
-            more, known = self.more or more, known if self.known is None else self.known
-            first = work.first_stage(self.keys[0], self.lq)
+            (key,) = self.keys
+            more, known = work.companions(key, tuple(self.lq.shape[-2:]))
+            known = known if self.known is None else self.known
+            first = work.first_stage(key, self.lq)
             result = work.solve([self.lq, *more], self.keys, known=known, first=first)
         except UserError as err:
             raise ImageError(str(err)) from err
-        lost = next((reason for reason in result.failed if reason is not None), None)
-        if lost is not None:
-            raise ImageError(lost)
+        if result.failed[0] is not None:
+            raise ImageError(result.failed[0])
         self.initial = first if first is not None else work.guess(self.lq, known)
         self.output = (result.image + 1) / 2
-        self.learned = [learned_of(result, i) for i in range(len(self.keys))]
+        self.learned = learned_of(result, 0)
 
     def get_current_visuals(self) -> OrderedDict:
         visuals = super().get_current_visuals()
@@ -72,5 +70,5 @@ class BIRDModel(SRModel):
         return visuals
 
     def result_files(self) -> dict[str, bytes]:
-        """What was learned of the one image: suffix of a name -> content."""
-        return self.learned[0].files()
+        """What was learned of the image: suffix of a name -> content."""
+        return self.learned.files()
