@@ -56,6 +56,7 @@ setup(
             *METRICS,
             "rawpy>=0.25",
             "pytest>=7.4",
+            "pytest-xdist>=3.5",  # quickstart.py test: a process per core
             "ruff==0.17.6",
             DEEPINV,
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against
