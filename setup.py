@@ -26,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ucdir_plugin", "ucdir_plugin.*"]),
-    package_data={"ucdir_plugin": ["report.html"], "ucdir_plugin.archs": ["akgm.cpp"]},
+    package_data={"ucdir_plugin": ["report.html"], "ucdir_plugin.archs": ["akgm.cpp"], "ucdir_plugin.zoo": ["*"]},
     python_requires=">=3.9,<3.13",
     install_requires=[
         "torch>=2.6",

@@ -168,9 +168,9 @@ def test_convert_and_load(workplace):
     halves = {"params": net.state_dict(), "params_ema": {k: v / 2 for k, v in net.state_dict().items()}}
     torch.save(halves, workplace.folder / "net_g_1.pth")
     weights.convert_adm(str(workplace.folder / "net_g_1.pth"), str(workplace.folder / "ema.safetensors"), TINY)
-    state, network = weights.read_prior(str(workplace.folder / "ema.safetensors"))
-    assert network["type"] == "ADMUNet"
-    assert all(torch.equal(v, halves["params_ema"][k]) for k, v in state.items())
+    found = weights.read_prior(str(workplace.folder / "ema.safetensors"))
+    assert found.network["type"] == "ADMUNet"
+    assert all(torch.equal(v, halves["params_ema"][k]) for k, v in found.state.items())
     direct = priors.load_adm(str(workplace.folder / "adm.pt"), TINY)
     torch.testing.assert_close(direct(x, level), prior(x, level))
 
@@ -354,7 +354,7 @@ def test_folders_of_diffusers_that_do_not_fit(pipeline):
 def test_reference_weights_as_a_file(tmp_path):
     state = {k[len("param/") :]: v for k, v in reference("unet_small.npz").items() if k.startswith("param/")}
     save_file(state, tmp_path / "bare.safetensors")
-    assert weights.read_prior(str(tmp_path / "bare.safetensors"))[1] is None
+    assert weights.read_prior(str(tmp_path / "bare.safetensors")).network is None
     described = json.loads((REFERENCE / "unet_small.json").read_text())["config_as_passed_to_create_model"]
     config = {k: v for k, v in described.items() if k != "use_fp16"}
     config["channel_mult"] = [int(n) for n in config["channel_mult"].split(",")]

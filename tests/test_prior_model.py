@@ -93,7 +93,9 @@ def test_cosine_schedule_is_its_formula():
     assert schedule.betas[-2] < 0.999
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(1000, 1e-4, 0.02), NoiseSchedule.cosine(30)], ids=["linear", "cosine"])
+@pytest.mark.parametrize(
+    "schedule", [NoiseSchedule.linear(1000, 1e-4, 0.02), NoiseSchedule.cosine(30)], ids=["linear", "cosine"]
+)
 def test_bound_is_the_divergence_of_two_gaussians(schedule):
     """q and p written out from their means and variances, with torch's own divergence; and its gradient in v."""
     steps = torch.tensor([1, 2, len(schedule) // 2, len(schedule) - 1])

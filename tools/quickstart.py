@@ -1,7 +1,7 @@
 """Set up a virtual environment and run the demo or the tests in it; nothing is needed before but Python 3.9 to 3.12.
 
     python3 tools/quickstart.py demo     trains and tests UCDIR on JPEG artefacts with photographs of scikit-image
-    python3 tools/quickstart.py test     runs the tests, one process per core up to four (further arguments go to pytest)
+    python3 tools/quickstart.py test     runs the tests, on up to four cores (further arguments go to pytest)
     python3 tools/quickstart.py install  only sets up
 
 The environment is .venv in this repository (--venv DIR for another); a second run uses it as it is.

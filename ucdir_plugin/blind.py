@@ -641,7 +641,8 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
     about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
     if prior.file is not None:
         about.update(weights=os.path.basename(prior.file), weights_sha256=weights.sha256_of(prior.file))
-    return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about)
+    notes = {f"prior {options.prior}: {name}": text for name, text in prior.notes.items()}
+    return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about, notes)
 
 
 def _method(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> zero_shot.Method:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ucdir_plugin import weights
+from ucdir_plugin import weights, zoo
 from ucdir_plugin.archs import ADMUNet, FFDNet
 from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, NetworkPrior, Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.options import PriorScheduleOptions
 from ucdir_plugin.registry import build_arch
 
 FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
@@ -54,21 +55,23 @@ def load_adm(
             which the average is taken.
         network: the arguments of :class:`ADMUNet`. Default: what the file's header says, else the unconditional
             256x256 model.
-        schedule: of its training. Default: linear, 1000 steps, 1e-4 to 0.02.
+        schedule: of its training. Default: what the header says, else linear, 1000 steps, 1e-4 to 0.02.
 
     Raises:
         UserError: if the file cannot be read, does not fit, or is conditional on classes.
     """
-    state, own = weights.read_prior(path)
-    config = {"type": "ADMUNet", **(network or own or {})}
+    found = weights.read_prior(path)
+    config = {"type": "ADMUNet", **(network or found.network or {})}
     if config.get("class_cond"):
         raise UserError(f"prior {path}: BIR-D needs an unconditional network, not one with class_cond")
     net = build_arch(config, "prior")
     if not isinstance(net, ADMUNet):
         raise UserError(f"prior {path}: {type(net).__name__} is no ADMUNet")
-    weights.load_state_dict(net, state, path)
-    prior = network_prior(_ready(net, device), schedule or NoiseSchedule.linear(1000, 1e-4, 0.02))
-    prior.file = path
+    weights.load_state_dict(net, found.state, path)
+    if schedule is None:
+        schedule = PriorScheduleOptions(**(found.diffusion or {})).schedule()
+    prior = network_prior(_ready(net, device), schedule)
+    prior.file, prior.notes = path, found.notes or {}
     return prior
 
 
@@ -207,7 +210,9 @@ def load_prior(
     network: Optional[Mapping[str, Any]] = None,
     schedule: Optional[NoiseSchedule] = None,
 ) -> Prior:
-    """A prior by its name: ``ffdnet``, a folder of diffusers, or a file of weights, of OpenAI's or of a training here.
+    """A prior by its name: ``ffdnet``, one of the zoo's (``natural64``), a folder of diffusers, or a file of weights.
+
+    Files are of OpenAI's kind, published ones or of a training here. A name of the zoo goes before a file of that name.
 
     Args:
         network, schedule: of a file of weights, see :func:`load_adm`: ``network_g`` of the option file that trained it,
@@ -218,9 +223,16 @@ def load_prior(
     """
     if name == "ffdnet":
         return load_ffdnet(device=device)
+    if name in zoo.names("prior"):
+        if network is not None:
+            raise UserError(f"prior {name} says what network it is: leave out bird: network")
+        return load_adm(zoo.find(name), device=device)
     if os.path.isdir(name):
         return load_diffusers(name, device)
     if os.path.isfile(name):
         return load_adm(name, network, schedule, device)
-    hint = did_you_mean(name, ["ffdnet"])
-    raise UserError(f"prior {name!r} is neither ffdnet, nor a folder of diffusers, nor a file of weights; {hint}")
+    known = ["ffdnet", *zoo.names("prior")]
+    hint = did_you_mean(name, known)
+    raise UserError(
+        f"prior {name!r} is none of {', '.join(known)}, nor a folder of diffusers, nor a file of weights; {hint}"
+    )

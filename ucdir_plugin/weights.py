@@ -40,6 +40,9 @@ SCHEDULE_BUFFERS = frozenset(
 HEADER = "ucdir_plugin"
 """Key of a model file's options in its safetensors header."""
 
+PRIOR_MODEL = "DiffusionPriorModel"
+"""``model_type`` of what trains a prior."""
+
 
 @dataclass(frozen=True)
 class WeightsFile:
@@ -274,22 +277,56 @@ def convert_adm(
     return _write_safetensors(state, target, dtype, {"network": config})
 
 
-def read_prior(path: str) -> tuple[dict[str, torch.Tensor], Optional[dict]]:
-    """Weights of a prior (averaged ones first), and its network if the file is one of :func:`convert_adm`'s.
+@dataclass(frozen=True)
+class PriorFile:
+    """Weights of a prior, averaged ones first, and what the file says of itself; None where it says nothing.
+
+    Args:
+        network: its arch and arguments.
+        diffusion: the schedule it was trained with, as in option files.
+        notes: for who uses it, such as ``licence``.
+    """
+
+    state: dict[str, torch.Tensor]
+    network: Optional[dict] = None
+    diffusion: Optional[dict] = None
+    notes: Optional[dict[str, str]] = None
+
+
+def _header(path: str) -> dict:
+    """What this package wrote into a safetensors file beside the weights.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is no mapping.
     """
-    state, _ = choose_state(read_checkpoint(path), path, "params_ema")
-    if not path.endswith(".safetensors"):
-        return state, None
     with safe_open(path, "pt") as file:
         header = (file.metadata() or {}).get(HEADER)
     try:
-        network = json.loads(header or "{}").get("network")
-    except (ValueError, AttributeError) as err:
+        content = json.loads(header or "{}")
+    except (ValueError, RecursionError) as err:
         raise UserError(f"{path}: its header cannot be read") from err
-    return state, network if isinstance(network, dict) else None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: its header cannot be read")
+    return content
+
+
+def read_prior(path: str) -> PriorFile:
+    """A prior of OpenAI's kind: published, of :func:`convert_adm`, or of :func:`write_model` or a training here.
+
+    Raises:
+        UserError: if it is missing or damaged, or of a model that restores.
+    """
+    state, _ = choose_state(read_checkpoint(path), path, "params_ema")
+    if not path.endswith(".safetensors"):
+        return PriorFile(state)
+    header = _header(path)
+    if "options" not in header:
+        network = header.get("network")
+        return PriorFile(state, network if isinstance(network, dict) else None)
+    options, _, notes = read_model(path)
+    if options["model_type"] != PRIOR_MODEL:
+        raise UserError(f"{path} is no prior but a model that restores: restore.py --model {path}")
+    return PriorFile(state, options["network_g"], options["diffusion"], notes)
 
 
 def _write_safetensors(
@@ -331,7 +368,7 @@ def write_model(
     kept = {
         k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
     }
-    if "sampling" in options["val"]:
+    if "sampling" in options["val"] and options["model_type"] != PRIOR_MODEL:  # of its pictures in training
         kept["val"] = {"sampling": options["val"]["sampling"]}
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
@@ -346,13 +383,10 @@ def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]
     """
     from ucdir_plugin.options import check_options
 
-    state = read_checkpoint(path)
-    with safe_open(path, "pt") as file:
-        header = (file.metadata() or {}).get(HEADER)
+    state, content = read_checkpoint(path), _header(path)
     try:
-        content = json.loads(header or "")
         options, notes = content["options"], {str(k): str(v) for k, v in content["notes"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, AttributeError) as err:
         raise UserError(
             f"{path} holds weights without options: use it as --weights beside its option file,"
             " or make a model file of both with tools/convert_weights.py"

@@ -7,7 +7,8 @@ the variance returns twice the channels: eps, then v (Improved DDPM, arXiv 2102.
 from __future__ import annotations
 
 import abc
-from typing import Callable, Optional
+from types import MappingProxyType
+from typing import Callable, Mapping, Optional
 
 import numpy as np
 import torch
@@ -33,10 +34,12 @@ class Prior(abc.ABC):
         generates: it can start from pure noise.
         receptive_field: how far it looks, where that is known: patches that overlap by it equal the whole.
         file: its weights, for the record; set by who loads them.
+        notes: what its user should be told, such as its licence; likewise.
     """
 
     receptive_field: Optional[int] = None
     file: Optional[str] = None
+    notes: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

@@ -1,0 +1,40 @@
+"""Weights that come with the package: NAME.safetensors, its card NAME.md, and in index.json its kind and SHA-256."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Dict, List
+
+from ucdir_plugin.errors import NotAvailable, UserError
+from ucdir_plugin.weights import sha256_of
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+
+def index() -> Dict[str, Dict[str, str]]:
+    """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores) and ``sha256`` of the file."""
+    with open(os.path.join(FOLDER, "index.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def names(kind: str) -> List[str]:
+    return sorted(name for name, entry in index().items() if entry["kind"] == kind)
+
+
+def find(name: str) -> str:
+    """Path of the weights called ``name``, of which the content is what was shipped.
+
+    Raises:
+        NotAvailable: if the file is not there.
+        UserError: if it is another; both say which SHA-256 is expected, and where the file can be had.
+    """
+    expected = index()[name]["sha256"]
+    path = os.path.join(FOLDER, f"{name}.safetensors")
+    cure = f"install ucdir-plugin again, or in its repository: git checkout -- ucdir_plugin/zoo/{name}.safetensors"
+    if not os.path.isfile(path):
+        raise NotAvailable(f"{name}: {path} (SHA-256 {expected}) is not there; {cure}")
+    found = sha256_of(path)
+    if found != expected:
+        raise UserError(f"{name}: {path} has SHA-256 {found}, not {expected}: it is damaged or another file; {cure}")
+    return path
