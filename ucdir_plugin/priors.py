@@ -13,7 +13,7 @@ from torch import nn
 
 from ucdir_plugin import weights, zoo
 from ucdir_plugin.archs import ADMUNet, FFDNet
-from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, NetworkPrior, Prior
+from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, ExpertsPrior, NetworkPrior, Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.options import PriorScheduleOptions
@@ -22,6 +22,9 @@ from ucdir_plugin.registry import build_arch
 FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
 FFDNET_SIGMA = 75 / 255
 """The largest noise that FFDNet was trained for."""
+
+EXPERT = "+ffdnet"
+"""End of the name of a prior that leaves little noise to FFDNet."""
 
 
 def _ready(net: nn.Module, device: torch.device | str) -> nn.Module:
@@ -213,6 +216,7 @@ def load_prior(
     """A prior by its name: ``ffdnet``, one of the zoo's (``natural64``), a folder of diffusers, or a file of weights.
 
     Files are of OpenAI's kind, published ones or of a training here. A name of the zoo goes before a file of that name.
+    ``FIRST+ffdnet`` is two of them, FFDNet for the noise that it knows: :class:`ExpertsPrior`.
 
     Args:
         network, schedule: of a file of weights, see :func:`load_adm`: ``network_g`` of the option file that trained it,
@@ -223,6 +227,11 @@ def load_prior(
     """
     if name == "ffdnet":
         return load_ffdnet(device=device)
+    if name.endswith(EXPERT):
+        high = load_prior(name[: -len(EXPERT)], device, network, schedule)
+        prior = ExpertsPrior(high, load_ffdnet(device=device))
+        prior.file, prior.notes = high.file, high.notes
+        return prior
     if name in zoo.names("prior"):
         if network is not None:
             raise UserError(f"prior {name} says what network it is: leave out bird: network")

@@ -304,6 +304,8 @@ def load_model(
         if weights_file is not None:
             raise UserError(f"{model} has its weights in it: leave out {weights_file}")
         opt, state, notes = weights.read_model(model)
+        if opt["model_type"] == weights.PRIOR_MODEL:
+            raise UserError(f"{model} is a prior, which restores nothing by itself: --model bird --prior {model}")
         weights_file, key = model, None
     else:
         if not model.endswith((".yml", ".yaml")):

@@ -7,6 +7,7 @@ which says what made it; a run goes on with the cells that are missing or were m
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -478,7 +479,9 @@ def run_cell(
     for name, image in done.images.items():
         write_image(image, os.path.join(folder, name))
     if done.trends:
-        np.save(os.path.join(folder, "trends.npy"), np.mean(done.trends, 0))
+        buffer = io.BytesIO()
+        np.save(buffer, np.mean(done.trends, 0))
+        write_atomically(buffer.getvalue(), os.path.join(folder, "trends.npy"))
     results = measure(cell, done, images, evaluation)
     about = {
         "name": cell.label,

@@ -368,8 +368,10 @@ def write_model(
     kept = {
         k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
     }
-    if "sampling" in options["val"] and options["model_type"] != PRIOR_MODEL:  # of its pictures in training
-        kept["val"] = {"sampling": options["val"]["sampling"]}
+    if "sampling" in options["val"]:
+        kept["val"] = {"sampling": dict(options["val"]["sampling"])}
+        if options["model_type"] == PRIOR_MODEL:  # of its pictures in training; the others are not its own
+            kept["val"]["sampling"] = {key: options["val"]["sampling"][key] for key in ("sampler", "steps")}
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
     return _write_safetensors(state, target, dtype, {"options": kept, "notes": dict(notes)})

@@ -377,7 +377,7 @@ class Solver:
 
     @torch.no_grad()
     def run(self, callback: Optional[Callable[[StepRecord], None]] = None) -> Result:
-        """All steps.
+        """All steps, unless every image has failed before.
 
         Args:
             callback: called after each step.
@@ -389,6 +389,8 @@ class Solver:
             self._record(trace, done)
             if callback is not None:
                 callback(done)
+            if None not in self.failed:
+                break
         return self._result(x, trace)
 
     def _result(self, x: torch.Tensor, trace: Trace) -> Result:

@@ -7,6 +7,7 @@ the variance returns twice the channels: eps, then v (Improved DDPM, arXiv 2102.
 from __future__ import annotations
 
 import abc
+import math
 from types import MappingProxyType
 from typing import Callable, Mapping, Optional
 
@@ -174,6 +175,38 @@ class DenoiserPrior(Prior):
         if x0.shape != x_t.shape:
             raise UserError(f"prior: the denoiser turns {tuple(x_t.shape[1:])} into {tuple(x0.shape[1:])}")
         return noise_of(x_t, x0, level)
+
+
+class ExpertsPrior(Prior):
+    """Two priors, each for the noise that it knows best, as the experts of eDiff-I (arXiv 2211.01324).
+
+    A small network trained for all levels is a worse denoiser than one made for little noise, which in turn cannot
+    start from pure noise.
+
+    Args:
+        high: for the levels above those of ``low``.
+        low: up to its ``sigma_max``. A variance that one of them has learned is not used.
+
+    Raises:
+        UserError: if their channels differ, or ``low`` leaves nothing to ``high``.
+    """
+
+    def __init__(self, high: Prior, low: Prior):
+        if high.channels != low.channels:
+            raise UserError(f"prior: experts of {high.channels} and {low.channels} channels do not go together")
+        if low.sigma_max >= high.sigma_max:
+            raise UserError("prior: the second of two experts is for less noise than the first: change their order")
+        stride = math.lcm(high.stride, low.stride)
+        super().__init__(high.schedule, high.channels, stride=stride, size=high.size, generates=high.generates)
+        self.high, self.low = high, low
+
+    def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        sigma = (1 / level.double().square() - 1).sqrt() / 2
+        little = sigma <= self.low.sigma_max * (1 + 1e-6)
+        found = [
+            p(x_t, level)[:, : self.channels] for p, used in ((self.high, ~little), (self.low, little)) if used.any()
+        ]
+        return found[0] if len(found) == 1 else torch.where(_column(little), found[1], found[0])
 
 
 class GaussianPrior(Prior):

@@ -1,0 +1,121 @@
+"""Weights that come with the package, model files of priors, and experts by noise."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line_error
+from test_adm import TINY, tiny
+
+from ucdir_plugin import priors, weights, zoo
+from ucdir_plugin.diffusion.prior import DenoiserPrior, ExpertsPrior, GaussianPrior, NetworkPrior
+from ucdir_plugin.errors import NotAvailable, UserError
+from ucdir_plugin.options import check_options
+
+OPTIONS = {
+    "name": "mine",
+    "model_type": "DiffusionPriorModel",
+    "scale": 1,
+    "network_g": {"type": "ADMUNet", **TINY},
+    "diffusion": {"type": "cosine", "timesteps": 40},
+    "val": {"sampling": {"steps": 2}},
+}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A prior as a training leaves it, and the model file made of it."""
+    net = tiny()
+    averaged = {k: v / 2 for k, v in net.state_dict().items()}
+    torch.save({"params": net.state_dict(), "params_ema": averaged}, tmp_path / "net_g_5.pth")
+    options = check_options(OPTIONS, is_train=False)
+    target = str(tmp_path / "mine.safetensors")
+    weights.write_model(str(tmp_path / "net_g_5.pth"), options, target, torch.float32, {"licence": "for research"})
+    net.load_state_dict(averaged)
+    return target, net
+
+
+def test_a_model_file_of_a_prior_says_all(trained):
+    path, net = trained
+    prior = priors.load_prior(path)
+    assert prior.notes == {"licence": "for research"} and prior.file == path
+    assert len(prior.schedule) == 40 and prior.schedule.betas[-1] == 0.999  # the cosine one
+    x, level = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
+    torch.testing.assert_close(prior(x, level), net(x, prior.timestep(level)))
+
+
+def test_a_restorer_is_no_prior_and_a_prior_no_restorer(trained, place):
+    ok = place.run("convert_weights.py", "--from", "training", "-opt", "options.yml", "net.pth", "net.safetensors")
+    assert ok.returncode == 0, ok.stderr
+    with pytest.raises(UserError, match="net.safetensors is no prior but a model that restores"):
+        priors.load_prior("net.safetensors")
+    done = place.run("restore.py", "--model", trained[0], "-i", "photos", "-o", "out")
+    assert_one_line_error(done, "mine.safetensors", "--model bird --prior")
+
+
+def test_what_is_shipped():
+    for name, entry in zoo.index().items():
+        path = zoo.find(name)
+        assert weights.sha256_of(path) == entry["sha256"]
+        with open(path.replace(".safetensors", ".md"), encoding="utf-8") as card:
+            assert entry["sha256"] in card.read()
+        notes = weights.read_prior(path).notes if entry["kind"] == "prior" else weights.read_model(path)[2]
+        assert notes["licence"]
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch, trained):
+    """A zoo of one prior, called small."""
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    shutil.copy(trained[0], folder / "small.safetensors")
+    entry = {"kind": "prior", "sha256": weights.sha256_of(trained[0])}
+    (folder / "index.json").write_text(json.dumps({"small": entry}))
+    monkeypatch.setattr(zoo, "FOLDER", str(folder))
+    return folder
+
+
+def test_by_name(shelf, trained):
+    x, level = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
+    torch.testing.assert_close(priors.load_prior("small")(x, level), priors.load_prior(trained[0])(x, level))
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        priors.load_prior("smal")
+    with pytest.raises(UserError, match="leave out bird: network"):
+        priors.load_prior("small", network=TINY)
+
+
+def test_missing_and_altered_weights(shelf):
+    path = shelf / "small.safetensors"
+    expected, content = zoo.index()["small"]["sha256"], bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"small.safetensors has SHA-256 .*, not {expected}: .*git checkout") as raised:
+        priors.load_prior("small")
+    assert weights.sha256_of(path) in str(raised.value)
+    path.unlink()
+    with pytest.raises(NotAvailable, match=rf"small.safetensors \(SHA-256 {expected}\) is not there; install"):
+        priors.load_prior("small")
+
+
+def test_experts_are_asked_for_the_noise_they_know():
+    torch.manual_seed(0)
+    net = tiny()
+    high = NetworkPrior(net, learned_variance=True, size=16, stride=2)
+    low = DenoiserPrior(lambda noisy, sigma: noisy * 0.9, 0.25)
+    prior = ExpertsPrior(high, low)
+    assert (prior.generates, prior.learned_variance, prior.size, prior.stride) == (True, False, 16, 2)
+    assert prior.sigma_max == high.sigma_max
+    x = torch.randn(4, 3, 16, 16)
+    sigma = np.array([0.05, 0.25, 0.26, 3.0])
+    level = torch.from_numpy((1 + 4 * sigma**2) ** -0.5).float()
+    found = prior(x, level)
+    torch.testing.assert_close(found[:2], low(x[:2], level[:2]))
+    torch.testing.assert_close(found[2:], high(x[2:], level[2:])[:, :3])
+    for part in (slice(0, 2), slice(2, 4)):  # as a solver asks: one level for all
+        torch.testing.assert_close(prior(x[part], level[part]), found[part])
+    with pytest.raises(UserError, match="change their order"):
+        ExpertsPrior(low, high)
+    with pytest.raises(UserError, match="channels"):
+        ExpertsPrior(GaussianPrior.natural(16, 16, channels=1), low)
