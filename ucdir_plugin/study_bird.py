@@ -188,7 +188,8 @@ def _padded(function: Callable[[np.ndarray], np.ndarray], y: np.ndarray, width: 
 
 
 def _richardson_lucy(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
-    return _padded(lambda c: restoration.richardson_lucy(c, _true_psf(case), num_iter=10), y)
+    turns = 20 if case.noise < 5 else 5  # more of them restore the noise
+    return _padded(lambda c: restoration.richardson_lucy(c, _true_psf(case), num_iter=turns), y)
 
 
 def _wiener(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
@@ -197,7 +198,7 @@ def _wiener(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
 
 
 def _unsharp(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
-    return filters.unsharp_mask(y, radius=2, amount=1, channel_axis=2)
+    return filters.unsharp_mask(y, radius=3, amount=0.5, channel_axis=2)
 
 
 def _bicubic(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
@@ -209,7 +210,7 @@ def _biharmonic(y: np.ndarray, case: Case, known: Optional[np.ndarray]) -> np.nd
 
 
 def _gamma(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
-    return exposure.adjust_gamma(y, math.log(0.5) / math.log(min(max(float(y.mean()), 1e-3), 0.99)))
+    return exposure.adjust_gamma(y, math.log(0.4) / math.log(min(max(float(y.mean()), 1e-3), 0.99)))
 
 
 def _clahe(y: np.ndarray, case: Case, _: Any) -> np.ndarray:
