@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -38,24 +39,22 @@ class Job(NamedTuple):
         key: its path relative to the input folder, which names it to the noise, as in validation and test.
         path: where it is.
         stem: path of its results without their extension.
-        size: (height, width).
     """
 
     key: str
     path: str
     stem: str
-    size: Tuple[int, int]
 
 
-def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]:
-    """What there is to do.
+def find_jobs(source: str, target: str) -> Tuple[List[Job], str]:
+    """What there is to do; nothing is opened yet.
 
     Args:
         source: an image, or a folder with images in it and below.
         target: a folder; for one image also a file with an image's extension.
 
     Returns:
-        jobs; key -> reason of images that cannot be read; extension of the results.
+        jobs, in the order of their keys; extension of the results.
 
     Raises:
         UserError: if there is no image, or no place for results.
@@ -77,22 +76,25 @@ def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]
         stems = [os.path.splitext(target)[0]]
     if os.path.isfile(source) and os.path.realpath(f"{stems[0]}{extension}") == os.path.realpath(source):
         raise UserError(f"-o {target} would overwrite the input: name another one")
-    jobs, unreadable = [], {}
-    for key, stem in zip(keys, stems):
-        path = os.path.join(root, key)
+    return [Job(key, os.path.join(root, key), stem) for key, stem in zip(keys, stems)], extension
+
+
+def read_sizes(jobs: Sequence[Job]) -> Tuple[Dict[Job, Tuple[int, int]], Dict[str, str]]:
+    """(height, width) of the images, by their headers; and key -> reason of those that cannot be read."""
+    sizes, unreadable = {}, {}
+    for job in jobs:
         try:
-            jobs.append(Job(key, path, stem, imageio.image_size(path)))
+            sizes[job] = imageio.image_size(job.path)
         except UserError as err:
-            unreadable[key] = str(err)
-    return jobs, unreadable, extension
+            unreadable[job.key] = str(err)
+    return sizes, unreadable
 
 
 def _stems(keys: List[str]) -> List[str]:
     """Keys without their extension, but where two would be the same: a.jpg and a.png become a_jpg and a_png."""
     plain = [os.path.splitext(key)[0] for key in keys]
-    return [
-        stem if plain.count(stem) == 1 else f"{stem}_{os.path.splitext(key)[1][1:]}" for key, stem in zip(keys, plain)
-    ]
+    count = Counter(plain)
+    return [stem if count[stem] == 1 else f"{stem}_{os.path.splitext(key)[1][1:]}" for key, stem in zip(keys, plain)]
 
 
 def read_record(stem: str) -> Optional[Dict[str, Any]]:
@@ -239,21 +241,22 @@ def restore_files(
         UserError: if nothing could be restored, or results cannot be written.
     """
     model.check(samples, blend, condition)
-    jobs, failed, extension = find_jobs(source, target)
-    if not jobs:
+    jobs, extension = find_jobs(source, target)
+    sizes, failed = read_sizes(jobs)
+    if not sizes:
         _give_up(source, failed)
     _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
     if scratch is not None and model.device.type != "cpu":
         raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
     settings = model.record_settings(seed, samples, blend, condition)
-    records = {job: read_record(job.stem) for job in jobs}
+    records = {job: read_record(job.stem) for job in sizes}
     clashes = _clashes(jobs, extension, samples, model)
-    skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
+    skipped = {job for job in sizes if not overwrite and _is_finished(job, records[job])}
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
-    todo = [job for job in jobs if job not in set(skipped)]
-    counted = [job for job in todo if job.size[0] * job.size[1] <= max_pixels]
-    bar = _Bar(sum(model.plan(*job.size).pixels for job in counted) * samples * bool(blend))
+    todo = [job for job in sizes if job not in skipped]
+    counted = [sizes[job] for job in todo if sizes[job][0] * sizes[job][1] <= max_pixels]
+    bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend))
     writer = _Writer()
     every: List[_Results] = []
     try:
@@ -266,6 +269,8 @@ def restore_files(
                     raise UserError(clashes[job])
                 if not overwrite:
                     _keep_foreign(results, records[job], samples, model.beside)
+                if empty is torch.empty and model.device.type == "cpu":
+                    _check_memory(model, sizes[job], samples)
                 record = _restore_one(
                     model, job, results, writer, bar, seed, samples, blend, condition, max_pixels, empty
                 )
@@ -308,8 +313,6 @@ def _restore_one(
     """Compute, and hand over for writing; returns the record."""
     started = time.perf_counter()
     memory.reset_peak(model.device)
-    if empty is torch.empty and model.device.type == "cpu":
-        _check_memory(model, job, samples)
     photo = imageio.read_photo(job.path, max_pixels)
     imageio.check_output(results.extension, photo, model.scale)
     photo = model.like(photo)
@@ -356,11 +359,11 @@ def _restore_one(
     return record
 
 
-def _check_memory(model: Model, job: Job, samples: int) -> None:
-    need, free = model.state_bytes(*job.size, samples), memory.available()
+def _check_memory(model: Model, size: Tuple[int, int], samples: int) -> None:
+    need, free = model.state_bytes(*size, samples), memory.available()
     if free is not None and need > free:
         raise UserError(
-            f"{job.size[1]}x{job.size[0]} pixels need {need / 2**30:.1f} GB beside the networks, {free / 2**30:.1f} GB"
+            f"{size[1]}x{size[0]} pixels need {need / 2**30:.1f} GB beside the networks, {free / 2**30:.1f} GB"
             " are free: add --scratch DIR, a folder on a disk with that room"
         )
 
