@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import logging
 import math
 import os
 import signal
 import sys
 import time
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_l
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import for_basicsr_loop
-from ucdir_plugin.options import load_options, option_text
+from ucdir_plugin.options import load_options, option_text, share_batch
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights, sha256_of
 
@@ -60,17 +61,19 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     opt["dist"] = args.launcher != "none"
     if not opt["dist"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
-    if opt["dist"] and not dist.is_initialized():
-        cpu = {"backend": "gloo"} if opt["num_gpu"] == 0 else {}
-        compat.init_dist(args.launcher, **{**(opt.get("dist_params") or {}), **cpu})
-    opt["rank"], opt["world_size"] = get_dist_info()
-    opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
-    if args.debug and not opt["name"].startswith("debug"):
-        opt["name"] = f"debug_{opt['name']}"
     available = torch.cuda.device_count()
     opt["num_gpu"] = available if opt["num_gpu"] == "auto" else opt["num_gpu"]
     if opt["num_gpu"] > available:
         raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
+    if opt["dist"] and not dist.is_initialized():
+        cpu = {"backend": "gloo"} if opt["num_gpu"] == 0 else {}
+        compat.init_dist(args.launcher, **{**opt["dist_params"], **cpu})
+    opt["rank"], opt["world_size"] = get_dist_info()
+    opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
+    if args.debug and not opt["name"].startswith("debug"):
+        opt["name"] = f"debug_{opt['name']}"
+    if is_train:
+        share_batch(opt["datasets"]["train"], opt["world_size"] if opt["dist"] else max(1, opt["num_gpu"]))
     for phase, dataset in opt["datasets"].items():
         dataset.update(phase=phase.split("_")[0], scale=opt["scale"])
         for key in ("dataroot_gt", "dataroot_lq", "meta_info_file", "condition_file"):
@@ -199,6 +202,31 @@ class FiniteLosses:
             )
 
 
+def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """What a collective raises where another rank has ended, or keeps the others waiting, becomes one line."""
+
+    @functools.wraps(function)
+    def told(args: argparse.Namespace) -> int:
+        try:
+            return function(args)
+        except RuntimeError as err:
+            text = str(err)
+            if not dist.is_initialized() or not (isinstance(err, dist.DistError) or "gloo" in text):
+                raise
+            again = "start all ranks again with --auto_resume, from the last checkpoint"
+            if function.__name__ == "test":
+                again = "start all ranks again: what is restored is kept"
+            if "timed out" in text.lower() or "timeout" in text.lower():
+                again += " (one that is only slow needs a larger dist_params: timeout, in seconds)"
+            raise UserError(
+                f"rank {dist.get_rank()} has lost another rank, which ended or does not answer"
+                f" ({text.splitlines()[0]}): its own output or the launcher says why; {again}"
+            ) from err
+
+    return told
+
+
+@_tells_of_lost_ranks
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     opt = setup(args, is_train=True)
@@ -327,6 +355,7 @@ def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, 
         model.validation(loader, current_iter, tb_logger, save_img)
 
 
+@_tells_of_lost_ranks
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
     opt = setup(args, is_train=False)

@@ -2,6 +2,9 @@
 
 Beside each result NAME.png lies NAME.json, which says how it was made. Both are renamed into place when they are
 complete, so that an image with its JSON is a finished one, and a second run passes it over.
+
+Several ranks (:mod:`ucdir_plugin.sharding`) each take every n-th image of all, finished or not: what another run has
+done by now must not move the shares. All files of an image are written by its rank alone.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +24,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ucdir_plugin import imageio, memory
+from ucdir_plugin import imageio, memory, sharding
 from ucdir_plugin.errors import UserError, WriteError, named
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.files import remove_leftovers_of, write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+from ucdir_plugin.sharding import Share
 
 if TYPE_CHECKING:
     from ucdir_plugin.blind import BlindRestorer
@@ -190,11 +195,18 @@ class _Writer:
 
 
 class _Bar:
-    """One bar over images, steps and patches, in pixels that the networks compute; lines only where no terminal is."""
+    """One bar over images, steps and patches, in pixels that the networks compute.
 
-    def __init__(self, work: int):
+    Lines only where no terminal is, and from one of several ranks; theirs begin with the rank.
+    """
+
+    def __init__(self, work: int, share: Share):
+        self.prefix = f"rank {share.rank}: " if share.world > 1 else ""
         self.bar = tqdm(
-            total=work, disable=None, leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            total=work,
+            disable=True if share.world > 1 else None,
+            leave=False,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )
 
     def image(self, number: int, count: int, key: str) -> None:
@@ -205,7 +217,7 @@ class _Bar:
         self.bar.set_description_str(f"{self.head} step {step + 1}/{steps}", refresh=False)
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(f"{self.prefix}{line}", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -221,6 +233,7 @@ def restore_files(
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
     scratch: Optional[str] = None,
+    share: Optional[Share] = None,
 ) -> int:
     """Restore an image or a folder of images; a line for each, and the failures at the end.
 
@@ -233,17 +246,19 @@ def restore_files(
         overwrite: restore also what has been restored before.
         max_pixels: larger images are refused.
         scratch: a folder for the image-sized tensors of sampling, which else are in memory.
+        share: which of the images are restored here; default: all.
 
     Returns:
-        exit code: 0, or 1 if some of several images failed.
+        exit code: 0, or 1 if some of several images failed. Of a rank: if some of its own did.
 
     Raises:
         UserError: if nothing could be restored, or results cannot be written.
     """
+    share = share or Share()
     model.check(samples, blend, condition)
     jobs, extension = find_jobs(source, target)
-    sizes, failed = read_sizes(jobs)
-    if not sizes:
+    sizes, failed = read_sizes(share.of(jobs))
+    if not sizes and share.world == 1:
         _give_up(source, failed)
     _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
     if scratch is not None and model.device.type != "cpu":
@@ -256,7 +271,8 @@ def restore_files(
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
     todo = [job for job in sizes if job not in skipped]
     counted = [sizes[job] for job in todo if sizes[job][0] * sizes[job][1] <= max_pixels]
-    bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend))
+    bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend), share)
+    remove_leftovers_of([name for job in todo for name in _paths(job.stem, extension, samples, model.beside)])
     writer = _Writer()
     every: List[_Results] = []
     try:
@@ -289,12 +305,32 @@ def restore_files(
     failed.update((results.job.key, _reason(results.fault)) for results in every if results.fault is not None)
     if skipped:
         note = f", {otherwise} of them with other settings" if otherwise else ""
-        print(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
-    if failed and not skipped and not any(results.finished for results in every):
+        bar.say(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
+    if failed and not skipped and not any(results.finished for results in every) and share.world == 1:
         _give_up(source, failed)
     for key, reason in failed.items():
         print(f"failed: {named(key, reason)}", file=sys.stderr)
+    if share.world > 1:
+        all_here = sharding.wait_for_others(share)
+        if share.rank == 0 or not all_here:
+            bar.say(_all_ranks(share, jobs, overwrite, settings))
     return 1 if failed else 0
+
+
+def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Mapping[str, Any]) -> str:
+    """What there is now of all ranks' images, and what to do about the rest."""
+    missing = []
+    for job in jobs:
+        record = read_record(job.stem)
+        if not _is_finished(job, record) or (overwrite and record["settings"] != settings):
+            missing.append(job.key)
+    if not missing:
+        return f"all {len(jobs)} images of {share.world} ranks are finished"
+    names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return (
+        f"{len(jobs) - len(missing)} of the {len(jobs)} images of {share.world} ranks are finished, not (yet): {names};"
+        " if no rank is left at work, run the same command again, with any number of ranks"
+    )
 
 
 def _restore_one(
@@ -402,6 +438,11 @@ def _names(stem: str, extension: str, samples: int, beside: Sequence[str]) -> Tu
     return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in beside]
 
 
+def _paths(stem: str, extension: str, samples: int, beside: Sequence[str]) -> List[str]:
+    own, more = _names(stem, extension, samples, beside)
+    return own + more
+
+
 def _clashes(jobs: List[Job], extension: str, samples: int, model: Model) -> Dict[Job, str]:
     """Images of which a file would be written over an input or another image's result: why they are not restored."""
     inputs = [(job.path, f"the input {job.key}") for job in jobs]
@@ -423,12 +464,10 @@ def _check_writable(folder: str) -> None:
     Raises:
         UserError: if results cannot be written there, before hours of work.
     """
-    probe = os.path.join(folder or ".", f".ucdir_{os.getpid()}.tmp")
     try:
         os.makedirs(folder or ".", exist_ok=True)
-        with open(probe, "wb"):
+        with tempfile.TemporaryFile(dir=folder or "."):
             pass
-        os.remove(probe)
     except OSError as err:
         raise UserError(f"-o: cannot write in {folder or '.'}: {err.strerror}") from err
 
