@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import hashlib
+import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -35,6 +39,7 @@ from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options, option_text, share_batch
+from ucdir_plugin.restorer import versions
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights, sha256_of
 
@@ -218,9 +223,10 @@ def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Calla
                 again = "start all ranks again: what is restored is kept"
             if "timed out" in text.lower() or "timeout" in text.lower():
                 again += " (one that is only slow needs a larger dist_params: timeout, in seconds)"
+            reason = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's file and advice
             raise UserError(
-                f"rank {dist.get_rank()} has lost another rank, which ended or does not answer"
-                f" ({text.splitlines()[0]}): its own output or the launcher says why; {again}"
+                f"rank {dist.get_rank()} has lost another rank, which ended or does not answer ({reason}):"
+                f" its own output or the launcher says why; {again}"
             ) from err
 
     return told
@@ -355,6 +361,41 @@ def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, 
         model.validation(loader, current_iter, tb_logger, save_img)
 
 
+_BESIDE = {
+    "path",
+    "rank",
+    "world_size",
+    "dist",
+    "dist_params",
+    "num_gpu",
+    "auto_resume",
+    "root_path",
+    "logger",
+    "datasets",
+}
+"""Options that restored images do not depend on, or that are looked at apart."""
+
+
+def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> str:
+    """All that decides what comes out of an image, in short; of its files, see :func:`validate`.
+
+    Args:
+        weights: their SHA-256.
+    """
+    files = [os.stat(v) for v in dataset.values() if isinstance(v, str) and os.path.isfile(v)]
+    used = [
+        {key: value for key, value in opt.items() if key not in {*_BESIDE, "val"}},
+        opt["val"].get("sampling"),
+        {key: value for key, value in opt["path"].items() if key.startswith(("param_key", "strict_load"))},
+        dataset,
+        [(file.st_size, file.st_mtime_ns) for file in files],
+        weights,
+        model.restorer.record_settings() if hasattr(model, "restorer") else None,
+        versions(),
+    ]
+    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+
+
 @_tells_of_lost_ranks
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
@@ -373,32 +414,31 @@ def test(args: argparse.Namespace) -> int:
     logger = start_log(opt, "test")
     weights, failed, lost = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0, []
     logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
+    digest = sha256_of(weights) if weights else None
+    # Outside of results/NAME, which the next run moves away.
+    unfinished = os.path.join(os.path.dirname(opt["path"]["results_root"]), f".unfinished_{opt['name']}")
     for test_set in sets:
         name = test_set.opt["name"]
         if not handles(model):
             own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
         root = opt["path"]["results_root"]
-        pictures = report_html.Store(os.path.join(root, f".pictures_{name}"))
-        try:
-            results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
-            failed += len(results.failed)
-            if not results.rows:
-                lost.append(f"none of the {len(test_set)} images of {name}")
-            elif opt["rank"] == 0:
-                stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
-                about = {"name": opt["name"], "dataset": name, "weights": weights}
-                about["weights_sha256"] = sha256_of(weights) if weights else None
-                report.write_tables(results, stem, about)
-                report_html.write_report(results, page, about, pictures)
-                print(report.markdown_table(results))
-                print(f"weights: {weights}")
-                print(
-                    f"table: {stem}.md .csv .json; report: {page}; pictures: {opt['path']['visualization']}", flush=True
-                )
-        finally:
-            if opt["rank"] == 0:
-                pictures.remove()
+        pictures = report_html.Store(os.path.join(unfinished, name))
+        settings = _decides(opt, model, test_set.opt, digest)
+        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures, settings)
+        failed += len(results.failed)
+        if not results.rows:
+            lost.append(f"none of the {len(test_set)} images of {name}")
+        elif opt["rank"] == 0:
+            stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
+            about = {"name": opt["name"], "dataset": name, "weights": weights, "weights_sha256": digest}
+            report.write_tables(results, stem, about)
+            report_html.write_report(results, page, about, pictures.part)
+            print(report.markdown_table(results))
+            print(f"weights: {weights}")
+            print(f"table: {stem}.md .csv .json; report: {page}; pictures: {opt['path']['visualization']}", flush=True)
+    if opt["rank"] == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
     if lost:
         raise UserError(f"{' and '.join(lost)} could be restored: the log says why")
     return 1 if failed else 0

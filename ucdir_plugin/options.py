@@ -722,10 +722,11 @@ def share_batch(dataset: Dict[str, Any], processes: int) -> None:
         return
     if total % processes:
         near = next(n for n in range(processes, 0, -1) if total % n == 0)
+        below, above = total // processes * processes, (total // processes + 1) * processes
+        totals = f"{below} or {above}" if below else str(above)
         raise UserError(
-            f"option datasets:train:batch_size_total: {total} is no multiple of the {processes} processes: take"
-            f" {near} of them, or a total of {total // processes * processes or processes} or"
-            f" {(total // processes + 1) * processes}"
+            f"option datasets:train:batch_size_total: {total} is no multiple of the {processes} processes: take {near}"
+            f" of them, or a total of {totals}"
         )
     dataset["batch_size_per_gpu"] = total // processes
 

@@ -313,12 +313,16 @@ def restore_files(
     if share.world > 1:
         all_here = sharding.wait_for_others(share)
         if share.rank == 0 or not all_here:
-            bar.say(_all_ranks(share, jobs, overwrite, settings))
+            bar.say(_all_ranks(share, jobs, overwrite, settings, all_here))
     return 1 if failed else 0
 
 
-def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Mapping[str, Any]) -> str:
-    """What there is now of all ranks' images, and what to do about the rest."""
+def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Mapping[str, Any], ended: bool) -> str:
+    """What there is now of all ranks' images, and what to do about the rest.
+
+    Args:
+        ended: whether all ranks are known to have done what they could.
+    """
     missing = []
     for job in jobs:
         record = read_record(job.stem)
@@ -327,9 +331,11 @@ def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Map
     if not missing:
         return f"all {len(jobs)} images of {share.world} ranks are finished"
     names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    found = f"{len(jobs) - len(missing)} of the {len(jobs)} images of {share.world} ranks are finished"
+    if ended:
+        return f"{found}, not: {names}; the reasons are above"
     return (
-        f"{len(jobs) - len(missing)} of the {len(jobs)} images of {share.world} ranks are finished, not (yet): {names};"
-        " if no rank is left at work, run the same command again, with any number of ranks"
+        f"{found}, not (yet): {names}; if no rank is left at work, run the same command again, on any number of ranks"
     )
 
 
