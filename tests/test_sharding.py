@@ -14,13 +14,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, assert_one_line_error, merged
 from test_restore import files, run
 from test_tools import TORCHRUN, numbers
 
+from ucdir_plugin import engine
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.files import remove_leftovers_of
 from ucdir_plugin.options import check_options, share_batch
+from ucdir_plugin.registry import build_arch
 from ucdir_plugin.sharding import Share, own_share
 from ucdir_plugin.weights import read_checkpoint
 
@@ -87,7 +90,7 @@ def test_contradicting_variables():
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])
 def test_shares_are_disjoint_and_together_all(world):
     shares = [Share(number, world).of(range(13)) for number in range(world)]
-    assert sorted(sum(shares, [])) == list(range(13))
+    assert sorted(item for share in shares for item in share) == list(range(13))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -131,12 +134,15 @@ def test_what_a_lost_rank_left_is_done_by_any_number_of_others(place, opt):
 
 
 def test_blind_restoration_is_shared_out_too(place):
-    command = ("restore.py", "--model", "bird", "--task", "deblur", "--steps", "2", "-i", "photos", "-o")
+    os.mkdir("small")
+    for name in ("a", "b"):
+        cv2.imwrite(f"small/{name}.png", cv2.imread("photos/coffee.png")[:24, :24])
+    command = ("restore.py", "--model", "bird", "--task", "deblur", "--steps", "1", "-i", "small", "-o")
     assert place.run(*command, "one").returncode == 0
     for i in range(2):
         done = place.fork(*command, "out", **rank(i, 2)).wait()
         assert done.returncode == 0, done.stderr
-    assert len(files("out")) == 3 * 4
+    assert len(files("out")) == 2 * 5  # result, record, degraded again, what was learned and its picture
     assert_same_results("one", "out")
 
 
@@ -177,12 +183,8 @@ def test_torchrun_lets_the_others_finish_where_an_image_fails(place):
 
 def test_a_test_goes_on_where_a_rank_was_lost(workplace):
     """Its table is that of an undisturbed run; what is restored already is not restored again."""
-    options = merged(TINY, {"train": None, "datasets": {"train": None}, "path": {"pretrain_network_g": "net.pth"}})
-    del options["val"]["metrics"]["niqe"]
-    import torch
-
-    from ucdir_plugin.registry import build_arch
-
+    changes = {"path": {"pretrain_network_g": "net.pth"}, "val": {"sampling": {"steps": 20}, "metrics": {"niqe": None}}}
+    options = merged(TINY, {"train": None, "datasets": {"train": None}, **changes})
     torch.save({"params": build_arch(options["network_g"]).state_dict()}, workplace.folder / "net.pth")
     results = workplace.folder / "results"
     for i in range(3):
@@ -197,11 +199,9 @@ def test_a_test_goes_on_where_a_rank_was_lost(workplace):
     kept = results / ".unfinished_tiny" / "val"
     wait_until(lambda: kept.is_dir() and len(list(kept.glob("*.npz"))) >= 2, ranks[0])
     os.kill(ranks[1].process.pid, signal.SIGKILL)
-    if ranks[0].wait().returncode == 0:
-        pytest.skip("both ranks were ready before one could be killed")
     assert_one_line_error(ranks[0].wait(), "rank 0 has lost another rank", "what is restored is kept")
     there = {path: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
-    assert 2 <= len(there) < 6 or len(there) == 6
+    assert 2 <= len(there) < 6
     done = workplace.run("test.py", "-opt", path)
     assert done.returncode == 0, done.stderr
     assert f"{len(there)} images of val were restored by a run that stopped: kept" in done.stdout
@@ -211,7 +211,25 @@ def test_a_test_goes_on_where_a_rank_was_lost(workplace):
         twin = results / "tiny" / "visualization" / "val" / picture.name.replace("_one", "_tiny")
         assert twin.read_bytes() == picture.read_bytes()
     assert not (results / ".unfinished_tiny").exists()
-    # What was restored with other settings, or of another input, is of no use.
+
+
+def test_what_was_restored_otherwise_is_not_kept():
+    def decides(changes, weights="1f"):
+        opt = check_options(merged(TINY, changes), True)
+        return engine._decides({**opt, "rank": 0}, None, opt["datasets"]["val"], weights)
+
+    plain = decides({})
+    for same in (
+        {"num_gpu": 0},
+        {"val": {"metrics": None}},
+        {"logger": {"print_freq": 3}},
+        {"dist_params": {"port": 1}},
+    ):
+        assert decides(same) == plain
+    for other in ({"manual_seed": 1}, {"val": {"sampling": {"steps": 3}}}, {"datasets": {"val": {"quality": 11}}},
+                  {"network_g": {"denoiser": {"dropout": 0.1}}}, {"path": {"param_key_g": "params_ema"}}):  # fmt: skip
+        assert decides(other) != plain
+    assert decides({}, "2f") != plain
 
 
 @pytest.fixture
