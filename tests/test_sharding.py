@@ -19,7 +19,8 @@ from conftest import TINY, assert_one_line_error, merged
 from test_restore import files, run
 from test_tools import TORCHRUN, numbers
 
-from ucdir_plugin import engine
+import ucdir_plugin
+from ucdir_plugin import engine, pipeline
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.files import remove_leftovers_of
 from ucdir_plugin.options import check_options, share_batch
@@ -105,13 +106,12 @@ def test_leftovers_of_the_dead_are_deleted(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(stay)
 
 
-@pytest.mark.parametrize("opt", ["options.yml", "edsr.yml"])
-def test_what_a_lost_rank_left_is_done_by_any_number_of_others(place, opt):
+def test_what_a_lost_rank_left_is_done_by_any_number_of_others(place):
     os.mkdir("photos/below")
     for i in range(4):
         cv2.imwrite(f"photos/below/{i}.png", np.random.default_rng(i).integers(0, 256, (20 + i, 24, 3)))
-    assert run(place, opt=opt, target="one").returncode == 0
-    command = ("restore.py", "-opt", opt, "-i", "photos", "-o", "out")
+    assert run(place, target="one").returncode == 0
+    command = ("restore.py", "-opt", "options.yml", "-i", "photos", "-o", "out")
     done = place.fork(*command, **slurm(1, 2)).wait()  # the other one is lost
     assert done.returncode == 0, done.stderr
     own = ["below/0.png", "below/2.png", "chelsea.png"]
@@ -133,17 +133,20 @@ def test_what_a_lost_rank_left_is_done_by_any_number_of_others(place, opt):
     assert_same_results("one", "out")
 
 
-def test_blind_restoration_is_shared_out_too(place):
+@pytest.mark.parametrize("name", ["edsr.yml", "bird"])
+def test_any_model_is_shared_out(place, capsys, name):
     os.mkdir("small")
-    for name in ("a", "b"):
-        cv2.imwrite(f"small/{name}.png", cv2.imread("photos/coffee.png")[:24, :24])
-    command = ("restore.py", "--model", "bird", "--task", "deblur", "--steps", "1", "-i", "small", "-o")
-    assert place.run(*command, "one").returncode == 0
+    for key in ("a", "b"):
+        cv2.imwrite(f"small/{key}.png", cv2.imread("photos/coffee.png")[:24, :24])
+    few = {"bird": {"task": "deblur"}, "sampling": {"steps": 1}} if name == "bird" else {}
+    model = ucdir_plugin.load_model(name, **few)
+    assert pipeline.restore_files(model, "small", "one") == 0
     for i in range(2):
-        done = place.fork(*command, "out", **rank(i, 2)).wait()
-        assert done.returncode == 0, done.stderr
-    assert len(files("out")) == 2 * 5  # result, record, degraded again, what was learned and its picture
+        assert pipeline.restore_files(model, "small", "out", share=Share(i, 2)) == 0
+    # Of BIR-D: result, record, degraded again, what was learned and its picture.
+    assert len(files("out")) == 2 * (5 if name == "bird" else 2)
     assert_same_results("one", "out")
+    assert "rank 1: all 2 images of 2 ranks are finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -322,8 +325,14 @@ def test_a_total_batch_is_shared_out():
         check_options(merged(TINY, {"datasets": {"train": train}}), True)
     with pytest.raises(UserError, match="datasets:val:batch_size_total is for training"):
         check_options(merged(TINY, {"datasets": {"val": {"batch_size_total": 2}}}), True)
-    given = check_options(merged(TINY, {"datasets": {"train": {"batch_size_per_gpu": None}}}), True)
-    assert given["datasets"]["train"]["batch_size_per_gpu"] == 1
+    train = {"batch_size_per_gpu": None}
+    assert (
+        check_options(merged(TINY, {"datasets": {"train": train}}), True)["datasets"]["train"]["batch_size_per_gpu"]
+        == 1
+    )
+    raw = merged(TINY, {"datasets": {"train": {"batch_size_total": 32}}})
+    raw["datasets"]["train"]["batch_size_per_gpu"] = None  # as --force_yml datasets:train:batch_size_per_gpu=~ gives it
+    assert "batch_size_per_gpu" not in check_options(raw, True)["datasets"]["train"]  # nothing wrong until it is known
 
 
 def test_ranks_that_do_not_divide_the_batch(workplace):

@@ -296,7 +296,7 @@ class DatasetOptions(_Schema):
     condition: Dict[str, Union[float, str]] = Field(default_factory=dict)
     condition_file: Optional[str] = None
     num_worker_per_gpu: NotNegativeInt = 0
-    batch_size_per_gpu: PositiveInt = 1
+    batch_size_per_gpu: Optional[PositiveInt] = None  # 1
     batch_size_total: Optional[PositiveInt] = None  # of training, instead
     dataset_enlarge_ratio: PositiveInt = 1
     use_shuffle: bool = True
@@ -638,6 +638,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         opt["manual_seed"] = 0
     # BasicSR's datasets ask whether a key is there at all.
     opt["datasets"] = {p: {k: v for k, v in d.items() if v is not None} for p, d in opt["datasets"].items()}
+    for dataset in opt["datasets"].values():
+        if "batch_size_total" not in dataset:  # else share_batch says what is left for each
+            dataset.setdefault("batch_size_per_gpu", 1)
     try:
         registry.lookup("model", opt["model_type"], "option model_type")
         if blind:
@@ -661,8 +664,10 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 where = f"option datasets:{phase}:batch_size_total"
                 if phase.split("_")[0] != "train":
                     raise UserError(f"{where} is for training: images of {phase} are restored one by one; remove it")
-                if "batch_size_per_gpu" in datasets[phase]:
-                    raise UserError(f"{where} and batch_size_per_gpu exclude each other: remove one of them")
+                if datasets[phase].get("batch_size_per_gpu") is not None:
+                    raise UserError(
+                        f"{where} and batch_size_per_gpu exclude each other: remove one, or give it as ~ (nothing)"
+                    )
             if dataset.get("degradations") is not None:
                 chain(dataset["degradations"], f"datasets:{phase}:degradations")
         if is_train and own_model:
