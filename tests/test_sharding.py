@@ -72,6 +72,9 @@ CASES = {
     "torchrun": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Share(5, 8, 1)),
     "slurm": ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Share(2, 4, 0)),
     "torchrun under srun": ({**slurm(1, 2), **rank(3, 4)}, Share(3, 4, 3)),
+    "srun": ({**slurm(1, 2), "SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2"}, Share(1, 2, 0)),
+    "batch script of one task": ({**slurm(0, 1), "SLURM_JOB_ID": "7"}, Share(0, 1, 0)),
+    "torchrun in a batch script": ({**slurm(0, 4), "SLURM_JOB_ID": "7", **rank(1, 2)}, Share(1, 2, 1)),
     "half": ({"SLURM_NTASKS": "4"}, Share(0, 1, 0)),
 }
 
@@ -86,6 +89,8 @@ def test_contradicting_variables():
         own_share(rank(2, 2))
     with pytest.raises(UserError, match="SLURM_PROCID and SLURM_NTASKS are no numbers"):
         own_share({"SLURM_PROCID": "first", "SLURM_NTASKS": "2"})
+    with pytest.raises(UserError, match="slurm's job has 4 tasks, and nothing started them: put srun before"):
+        own_share({**slurm(0, 4), "SLURM_JOB_ID": "7"})
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])

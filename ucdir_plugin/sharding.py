@@ -40,7 +40,7 @@ def own_share(environment: Mapping[str, str] = os.environ) -> Share:
     """The share of this process.
 
     Raises:
-        UserError: for variables that contradict each other.
+        UserError: for variables that contradict each other; in slurm's batch script, which is none of its tasks.
     """
     for rank, world, local in LAUNCHERS.values():
         if rank not in environment or world not in environment:
@@ -52,6 +52,12 @@ def own_share(environment: Mapping[str, str] = os.environ) -> Share:
         if not 0 <= found.rank < found.world:
             raise UserError(
                 f"{rank}={found.rank} is none of {world}={found.world} ranks, which count from 0: correct them"
+            )
+        # srun sets this one for its tasks; the batch script itself has the others all the same.
+        alone = "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_TASKS" not in environment
+        if rank == "SLURM_PROCID" and found.world > 1 and alone:
+            raise UserError(
+                f"slurm's job has {found.world} tasks, and nothing started them: put srun before the command"
             )
         return found
     return Share()
