@@ -109,12 +109,34 @@ _FORKS.set_forkserver_preload(["ucdir_plugin.engine", "ucdir_plugin.compare"])
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # for what is started from here on
 
 
-def _run_tool(script: str, args: tuple[str, ...], folder: str) -> None:
+def _run_tool(script: str, args: tuple[str, ...], folder: str, environment: dict[str, str], log: str) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [script, *args]
     runpy.run_path(script, run_name="__main__")
+
+
+class Forked:
+    """A tool that runs in a forked process."""
+
+    def __init__(self, folder: Path, tool: str, args: tuple[str, ...], environment: dict[str, str], log: str):
+        script = os.path.normpath(ROOT / "tools" / tool)
+        self.args, self.streams = [tool, *args], [folder / f"{log}.{name}" for name in ("stdout", "stderr")]
+        for stream in self.streams:
+            stream.unlink(missing_ok=True)
+        self.process = _FORKS.Process(target=_run_tool, args=(script, args, str(folder), environment, log))
+        self.process.start()
+
+    def output(self) -> str:
+        """What it has printed by now."""
+        return self.streams[0].read_text() if self.streams[0].exists() else ""
+
+    def wait(self) -> subprocess.CompletedProcess:
+        self.process.join(600)
+        out, err = (stream.read_text() for stream in self.streams)
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, out, err)
 
 
 class Workplace:
@@ -143,15 +165,14 @@ class Workplace:
             start_new_session=True,
         )
 
+    def fork(self, tool: str, *args: str, log: str = "", **environment: str) -> Forked:
+        """Start a tool in a forked process with more in its environment."""
+        return Forked(self.folder, tool, args, environment, log)
+
     def run(self, tool: str, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         """Run a tool to its end; with ``launcher`` in a new interpreter."""
         if not launcher:
-            script = os.path.normpath(ROOT / "tools" / tool)
-            fork = _FORKS.Process(target=_run_tool, args=(script, args, str(self.folder)))
-            fork.start()
-            fork.join(600)
-            out, err = ((self.folder / f".{name}").read_text() for name in ("stdout", "stderr"))
-            return subprocess.CompletedProcess([tool, *args], fork.exitcode, out, err)
+            return self.fork(tool, *args).wait()
         process = self.start(tool, *args, launcher=launcher)
         out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -47,7 +47,7 @@ def test_loads_as_it_is(file):
 def test_paper_settings(file):
     opt = load_options(str(ROOT / "options" / file))
     train = opt["train"]
-    assert 8 * opt["datasets"]["train"]["batch_size_per_gpu"] == 32
+    assert opt["datasets"]["train"]["batch_size_total"] == 32
     assert train["total_iter"] == 500000
     assert train["optim_g"] == {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.01}
     assert (train["ema_decay"], train["ema_start"]) == (0.9999, 5000)
@@ -63,8 +63,9 @@ def test_trains_and_tests(file, workplace):
     for phase, dataset in raw["datasets"].items():
         roots = [key for key in dataset if key.startswith("dataroot")]
         changes += [f"datasets:{phase}:{key}=photos" for key in roots]
+        batch = "batch_size_total" if "batch_size_total" in dataset else "batch_size_per_gpu"
         changes += [f"datasets:{phase}:{key}={value}" for key, value in
-                    (("batch_size_per_gpu", 2), ("num_worker_per_gpu", 1), ("gt_size", 16)) if phase == "train"]  # fmt: skip
+                    ((batch, 2), ("num_worker_per_gpu", 1), ("gt_size", 16)) if phase == "train"]  # fmt: skip
     path = str(ROOT / "options" / file)
     apply_overrides(raw, changes)
     for tool in ("train.py", "test.py"):

@@ -118,10 +118,15 @@ def test_a_store_gives_back_what_it_keeps(tmp_path, photos):
     lq, result, truth = photos["chelsea.png"]
     store.keep("a/ü.png", {"input": lq, "truth": truth})
     store.keep("b", {"restored": np.tile(result[..., :1], (5, 5, 1))})
-    images, size = store("a/ü.png")
+    images, size = store.part("a/ü.png")
     assert size == truth.shape[:2]
     assert list(images) == ["input", "truth"] and (images["input"] == lq).all() and (images["truth"] == truth).all()
-    assert store("b")[1] == (1000, 1040) and store("b")[0]["restored"].shape == (768, 768)
+    assert store.part("b")[1] == (1000, 1040) and store.part("b")[0]["restored"].shape == (768, 768)
+    large = np.tile(result, (5, 5, 1))
+    store.keep("b", {"restored": large}, {"_learned.bin": b"\0 1"}, "made from this")
+    assert store.find("b") is store.find("b", "made from that") is store.find("c") is None
+    images, files = store.find("b", "made from this")
+    assert (images["restored"] == large).all() and files == {"_learned.bin": b"\0 1"}
     store.remove()
     assert not list(tmp_path.iterdir())
 
@@ -326,7 +331,7 @@ def test_names_that_are_no_unicode(sets):
     assert not failed and report.read_results("out/metrics.json")[0] == results
     store = report_html.Store("kept")
     store.keep(name, {"restored": np.zeros((4, 4, 3), np.uint8)})
-    assert store(name)[1] == (4, 4)
+    assert store.part(name)[1] == (4, 4)
 
 
 def test_what_cannot_be_measured_is_named(workplace, sets):

@@ -248,7 +248,9 @@ def test_two_processes_train_validate_and_resume(workplace):
     options = merged(TINY, changes)
     single = workplace.run("train.py", "-opt", workplace.write(options))
     assert single.returncode == 0, single.stderr
-    half = merged(options, {"name": "double", "datasets": {"train": {"batch_size_per_gpu": 2}}})
+    half = merged(
+        options, {"name": "double", "datasets": {"train": {"batch_size_per_gpu": None, "batch_size_total": 4}}}
+    )
     path = workplace.write(half, "double.yml")
     first = workplace.run("train.py", "-opt", path, "--launcher", "pytorch", "--force_yml", "train:total_iter=3",
                           "logger:save_checkpoint_freq=3", launcher=TORCHRUN)  # fmt: skip

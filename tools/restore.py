@@ -7,6 +7,7 @@ python tools/restore.py --model bird --task deblur -i blurred.jpg -o restored/
 Any size works: images larger than --tile are restored in patches, in little more memory than the image itself takes.
 Beside each result NAME.png, NAME.json says how it was made. Results that are there already are kept (--overwrite).
 BIR-D (--model bird) restores without training, with an image prior; NAME.learned.png shows the degradation it found.
+Under torchrun or slurm's srun each process restores its share of the folder; what a lost one left, the next run does.
 """
 
 import argparse
@@ -76,11 +77,12 @@ def main() -> int:
         source, bird["observations"] = first, others or None
     if not source:
         raise UserError("-i is missing: an image, or a folder with images in it")
-    from ucdir_plugin import memory, restorer
+    from ucdir_plugin import memory, restorer, sharding
     from ucdir_plugin.options import read_assignments
     from ucdir_plugin.pipeline import restore_files
 
     memory.keep_freed_memory()
+    share = sharding.own_share()
     sampling = read_assignments(args.set, "--set")
     for key in ("sampler", "steps", "spacing", "tile", "overlap"):
         if getattr(args, key) is not None:
@@ -88,7 +90,7 @@ def main() -> int:
     model = restorer.load_model(
         args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
     )
-    for name, text in model.notes.items():
+    for name, text in model.notes.items() if share.rank == 0 else ():
         print(f"{model.about['model']}: {name}: {text}")
     return restore_files(
         model,
@@ -101,6 +103,7 @@ def main() -> int:
         overwrite=args.overwrite,
         max_pixels=int(args.max_pixels or restorer.MAX_PIXELS),
         scratch=args.scratch,
+        share=share,
     )
 
 

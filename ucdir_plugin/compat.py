@@ -6,8 +6,10 @@ them too. Each patch names the fault it cures and stands aside where upstream no
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import os
+import subprocess
 import sys
 
 import torch
@@ -38,29 +40,56 @@ from ucdir_plugin.errors import UserError, did_you_mean
 _PATCHED_VERSION = "1.4.2"
 
 
-def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **kwargs) -> None:
-    """BasicSR's ``init_dist``, which divides by the number of GPUs, also without any: gloo on the CPU."""
-    needed = {"pytorch": "RANK", "slurm": "SLURM_PROCID"}[launcher]
-    if needed not in os.environ:
-        start = {"pytorch": "torchrun --nproc_per_node=N", "slurm": "srun python"}[launcher]
-        raise UserError(f"--launcher {launcher}: {needed} is not set; start with {start} tools/train.py ...")
-    if torch.cuda.is_available() and backend != "gloo":
-        if port is not None and launcher == "slurm":
-            kwargs["port"] = port
-        return _upstream_init_dist(launcher, backend, **kwargs)
-    if launcher == "slurm":
-        os.environ.setdefault("MASTER_PORT", str(port or 29500))
-        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
-        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
-        if "MASTER_ADDR" not in os.environ:
-            import subprocess
+def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, timeout: float | None = None) -> None:
+    """BasicSR's ``init_dist``, which divides by the number of GPUs, also without any: gloo on the CPU.
 
-            nodes = os.environ["SLURM_NODELIST"]
-            os.environ["MASTER_ADDR"] = subprocess.check_output(
-                ["scontrol", "show", "hostname", nodes], text=True
-            ).split()[0]
-    dist.init_process_group(backend="gloo", **kwargs)
+    Args:
+        launcher: pytorch (torchrun), or slurm, whose variables are made torchrun's.
+        port: of slurm's meeting point, instead of ``$MASTER_PORT`` or 29500.
+        timeout: seconds that ranks wait for each other; default: torch's, 1800, or 600 with NCCL.
+
+    Raises:
+        UserError: if the launcher's variables are missing, the port is taken, or the ranks do not find each other.
+    """
+    needed = {"pytorch": ("RANK", "WORLD_SIZE"), "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST")}[launcher]
+    for name in needed:
+        if name not in os.environ:
+            start = {"pytorch": "torchrun --nproc_per_node=N", "slurm": "srun python"}[launcher]
+            raise UserError(f"--launcher {launcher}: {name} is not set; start with {start} tools/train.py ...")
+    if launcher == "slurm":
+        _take_over_slurm(port)
+    limit = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
+    try:
+        if torch.cuda.is_available() and backend != "gloo":
+            return _upstream_init_dist("pytorch", backend, **limit)
+        dist.init_process_group(backend="gloo", **limit)
+    except dist.DistError as err:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(err):
+            cure = "dist_params: port (or MASTER_PORT)" if launcher == "slurm" else "MASTER_PORT"
+            raise UserError(f"{place}: the port is in use, perhaps by another run; set {cure} to a free one") from err
+        reason = str(err).splitlines()[0]
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not find the others at {place} ({reason}):"
+            " were all started, and does nothing else answer at that port?"
+        ) from err
     return None
+
+
+def _take_over_slurm(port: int | None) -> None:
+    """Slurm's variables as torchrun's; the meeting point is ``$MASTER_ADDR``, else the job's first machine."""
+    environment = os.environ
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment["MASTER_PORT"] = str(port or environment.get("MASTER_PORT") or 29500)
+    if "MASTER_ADDR" not in environment:
+        command = ["scontrol", "show", "hostname", environment["SLURM_NODELIST"]]
+        try:
+            environment["MASTER_ADDR"] = subprocess.check_output(command, text=True).split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError) as err:
+            raise UserError(
+                f"--launcher slurm: {' '.join(command)} does not tell the first machine ({err}); set MASTER_ADDR to it"
+            ) from err
 
 
 def _load_resume_state(opt: dict) -> dict | None:

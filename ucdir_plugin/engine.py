@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import hashlib
+import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -33,7 +38,8 @@ from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_l
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.evaluation import for_basicsr_loop
-from ucdir_plugin.options import load_options, option_text
+from ucdir_plugin.options import load_options, option_text, share_batch
+from ucdir_plugin.restorer import versions
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights, sha256_of
 
@@ -60,17 +66,19 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     opt["dist"] = args.launcher != "none"
     if not opt["dist"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
-    if opt["dist"] and not dist.is_initialized():
-        cpu = {"backend": "gloo"} if opt["num_gpu"] == 0 else {}
-        compat.init_dist(args.launcher, **{**(opt.get("dist_params") or {}), **cpu})
-    opt["rank"], opt["world_size"] = get_dist_info()
-    opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
-    if args.debug and not opt["name"].startswith("debug"):
-        opt["name"] = f"debug_{opt['name']}"
     available = torch.cuda.device_count()
     opt["num_gpu"] = available if opt["num_gpu"] == "auto" else opt["num_gpu"]
     if opt["num_gpu"] > available:
         raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
+    if opt["dist"] and not dist.is_initialized():
+        cpu = {"backend": "gloo"} if opt["num_gpu"] == 0 else {}
+        compat.init_dist(args.launcher, **{**opt["dist_params"], **cpu})
+    opt["rank"], opt["world_size"] = get_dist_info()
+    opt["auto_resume"], opt["is_train"] = args.auto_resume, is_train
+    if args.debug and not opt["name"].startswith("debug"):
+        opt["name"] = f"debug_{opt['name']}"
+    if is_train:
+        share_batch(opt["datasets"]["train"], opt["world_size"] if opt["dist"] else max(1, opt["num_gpu"]))
     for phase, dataset in opt["datasets"].items():
         dataset.update(phase=phase.split("_")[0], scale=opt["scale"])
         for key in ("dataroot_gt", "dataroot_lq", "meta_info_file", "condition_file"):
@@ -199,6 +207,32 @@ class FiniteLosses:
             )
 
 
+def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """What a collective raises where another rank has ended, or keeps the others waiting, becomes one line."""
+
+    @functools.wraps(function)
+    def told(args: argparse.Namespace) -> int:
+        try:
+            return function(args)
+        except RuntimeError as err:
+            text = str(err)
+            if not dist.is_initialized() or not (isinstance(err, dist.DistError) or "gloo" in text):
+                raise
+            again = "start all ranks again with --auto_resume, from the last checkpoint"
+            if function.__name__ == "test":
+                again = "start all ranks again: what is restored is kept"
+            if "timed out" in text.lower() or "timeout" in text.lower():
+                again += " (one that is only slow needs a larger dist_params: timeout, in seconds)"
+            reason = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's file and advice
+            raise UserError(
+                f"rank {dist.get_rank()} has lost another rank, which ended or does not answer ({reason}):"
+                f" its own output or the launcher says why; {again}"
+            ) from err
+
+    return told
+
+
+@_tells_of_lost_ranks
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     opt = setup(args, is_train=True)
@@ -327,6 +361,42 @@ def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, 
         model.validation(loader, current_iter, tb_logger, save_img)
 
 
+_BESIDE = {
+    "path",
+    "rank",
+    "world_size",
+    "dist",
+    "dist_params",
+    "num_gpu",
+    "auto_resume",
+    "root_path",
+    "logger",
+    "datasets",
+}
+"""Options that restored images do not depend on, or that are looked at apart."""
+
+
+def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> str:
+    """All that decides what comes out of an image, in short; of its files, see :func:`validate`.
+
+    Args:
+        weights: their SHA-256.
+    """
+    files = [os.stat(v) for v in dataset.values() if isinstance(v, str) and os.path.isfile(v)]
+    used = [
+        {key: value for key, value in opt.items() if key not in {*_BESIDE, "val"}},
+        opt["val"].get("sampling"),
+        {key: value for key, value in opt["path"].items() if key.startswith(("param_key", "strict_load"))},
+        dataset,
+        [(file.st_size, file.st_mtime_ns) for file in files],
+        weights,
+        model.restorer.record_settings() if hasattr(model, "restorer") else None,
+        versions(),
+    ]
+    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@_tells_of_lost_ranks
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
     opt = setup(args, is_train=False)
@@ -344,32 +414,31 @@ def test(args: argparse.Namespace) -> int:
     logger = start_log(opt, "test")
     weights, failed, lost = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0, []
     logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
+    digest = sha256_of(weights) if weights else None
+    # Outside of results/NAME, which the next run moves away.
+    unfinished = os.path.join(os.path.dirname(opt["path"]["results_root"]), f".unfinished_{opt['name']}")
     for test_set in sets:
         name = test_set.opt["name"]
         if not handles(model):
             own_validation(model, test_set, opt["name"], None, opt["val"]["save_img"])
             continue
         root = opt["path"]["results_root"]
-        pictures = report_html.Store(os.path.join(root, f".pictures_{name}"))
-        try:
-            results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures.keep)
-            failed += len(results.failed)
-            if not results.rows:
-                lost.append(f"none of the {len(test_set)} images of {name}")
-            elif opt["rank"] == 0:
-                stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
-                about = {"name": opt["name"], "dataset": name, "weights": weights}
-                about["weights_sha256"] = sha256_of(weights) if weights else None
-                report.write_tables(results, stem, about)
-                report_html.write_report(results, page, about, pictures)
-                print(report.markdown_table(results))
-                print(f"weights: {weights}")
-                print(
-                    f"table: {stem}.md .csv .json; report: {page}; pictures: {opt['path']['visualization']}", flush=True
-                )
-        finally:
-            if opt["rank"] == 0:
-                pictures.remove()
+        pictures = report_html.Store(os.path.join(unfinished, name))
+        settings = _decides(opt, model, test_set.opt, digest)
+        results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures, settings)
+        failed += len(results.failed)
+        if not results.rows:
+            lost.append(f"none of the {len(test_set)} images of {name}")
+        elif opt["rank"] == 0:
+            stem, page = os.path.join(root, f"metrics_{name}"), os.path.join(root, f"report_{name}.html")
+            about = {"name": opt["name"], "dataset": name, "weights": weights, "weights_sha256": digest}
+            report.write_tables(results, stem, about)
+            report_html.write_report(results, page, about, pictures.part)
+            print(report.markdown_table(results))
+            print(f"weights: {weights}")
+            print(f"table: {stem}.md .csv .json; report: {page}; pictures: {opt['path']['visualization']}", flush=True)
+    if opt["rank"] == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
     if lost:
         raise UserError(f"{' and '.join(lost)} could be restored: the log says why")
     return 1 if failed else 0

@@ -6,6 +6,7 @@ import atexit
 import difflib
 import math
 import os
+import signal
 import sys
 import threading
 from typing import Any, Callable, Iterable, Optional
@@ -18,6 +19,14 @@ class UserError(Exception):
         text = " ".join(super().__str__().split())
         # A DataLoader worker re-raises with its traceback as the message: keep the last statement of it.
         return text.rsplit("UserError: ", 1)[-1]
+
+
+class Stopped(BaseException):
+    """SIGTERM, as a launcher or a cluster sends it: an exception, so that nothing half-written is left."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}; run the same command again to go on")
+        self.number = number
 
 
 class ImageError(UserError):
@@ -81,12 +90,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"none of the {len(names)} known names is near"
 
 
+def _stop(number: int, _frame: Any) -> None:
+    raise Stopped(number)
+
+
 def run_cli(main: Callable[[], int]) -> int:
-    """Run a tool's ``main``; returns its exit code, 2 for a :class:`UserError`, 130 for Ctrl-C.
+    """Run a tool's ``main``; returns its exit code, 2 for a :class:`UserError`, 130 for Ctrl-C, 143 for SIGTERM.
 
     A process of a group ends here with that code: gloo's threads may still hold Python objects (torch PR 179291,
     never merged), and one that asks for the interpreter's lock while it shuts down aborts the whole process.
     """
+    signal.signal(signal.SIGTERM, _stop)
     try:
         code = main() or 0
     except UserError as err:
@@ -95,6 +109,9 @@ def run_cli(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except Stopped as err:
+        print(err, file=sys.stderr, flush=True)
+        code = 128 + err.number
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         threading._shutdown()  # the interpreter's own order: threads, atexit, streams

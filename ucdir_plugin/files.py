@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from contextlib import contextmanager
-from typing import BinaryIO, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, Iterable, Iterator
 
 from ucdir_plugin.errors import WriteError
+
+# .NAME.PID.tmp of atomic_write, and .NAME.PID.part, which pipeline renames only together with an image's other files.
+_LEFTOVER = re.compile(r"\.{1,2}(?P<name>.+?)\.(?P<pid>\d+)\.(tmp|part|part\.\d+\.tmp)")
 
 
 @contextmanager
@@ -15,7 +19,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """An open binary file with a temporary name, flushed to the disk and renamed to ``path`` at the end of the block.
 
     Readers see the old file or the new one. The folder is made; after an error nothing is left behind, and what a
-    killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.checkpoint.remove_leftovers`).
+    killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.checkpoint.remove_leftovers`,
+    :func:`remove_leftovers_of`).
 
     Raises:
         WriteError: if it cannot be written; names the path, the reason and the free space.
@@ -37,6 +42,27 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def remove_leftovers_of(paths: Iterable[str]) -> None:
+    """Delete what killed processes left half-written of these files; what a living one writes is left alone."""
+    wanted = {os.path.abspath(path) for path in paths}
+    for folder in {os.path.dirname(path) for path in wanted}:
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            found = _LEFTOVER.fullmatch(entry.name)
+            if found and os.path.join(folder, found["name"]) in wanted and not _is_running(int(found["pid"])):
+                with suppress(FileNotFoundError):
+                    os.remove(entry.path)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_atomically(content: bytes, path: str | os.PathLike) -> None:

@@ -296,7 +296,8 @@ class DatasetOptions(_Schema):
     condition: Dict[str, Union[float, str]] = Field(default_factory=dict)
     condition_file: Optional[str] = None
     num_worker_per_gpu: NotNegativeInt = 0
-    batch_size_per_gpu: PositiveInt = 1
+    batch_size_per_gpu: Optional[PositiveInt] = None  # 1
+    batch_size_total: Optional[PositiveInt] = None  # of training, instead
     dataset_enlarge_ratio: PositiveInt = 1
     use_shuffle: bool = True
     prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
@@ -338,6 +339,14 @@ class BirdOptions(_Schema):
     merge: Literal["drop", "blend"] = "drop"
 
 
+class DistOptions(_Schema):
+    """How processes find each other (:func:`ucdir_plugin.compat.init_dist`)."""
+
+    backend: Literal["nccl", "gloo"] = "nccl"
+    port: Optional[PositiveInt] = None
+    timeout: Optional[float] = Field(None, gt=0)
+
+
 class Options(_Schema):
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     model_type: str
@@ -352,7 +361,7 @@ class Options(_Schema):
     val: ValOptions = ValOptions()
     logger: LoggerOptions = LoggerOptions()
     diffusion: ScheduleOptions = ScheduleOptions()
-    dist_params: Optional[dict] = None
+    dist_params: DistOptions = DistOptions()
     find_unused_parameters: bool = False
     compile: bool = False
 
@@ -629,6 +638,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         opt["manual_seed"] = 0
     # BasicSR's datasets ask whether a key is there at all.
     opt["datasets"] = {p: {k: v for k, v in d.items() if v is not None} for p, d in opt["datasets"].items()}
+    for dataset in opt["datasets"].values():
+        if "batch_size_total" not in dataset:  # else share_batch says what is left for each
+            dataset.setdefault("batch_size_per_gpu", 1)
     try:
         registry.lookup("model", opt["model_type"], "option model_type")
         if blind:
@@ -648,6 +660,14 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             registry.lookup("dataset", dataset["type"], f"option datasets:{phase}:type")
             for key in sorted(_MEANINGLESS.get(dataset["type"], set()) & {k for k, v in datasets[phase].items() if v}):
                 raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
+            if dataset.get("batch_size_total") is not None:
+                where = f"option datasets:{phase}:batch_size_total"
+                if phase.split("_")[0] != "train":
+                    raise UserError(f"{where} is for training: images of {phase} are restored one by one; remove it")
+                if datasets[phase].get("batch_size_per_gpu") is not None:
+                    raise UserError(
+                        f"{where} and batch_size_per_gpu exclude each other: remove one, or give it as ~ (nothing)"
+                    )
             if dataset.get("degradations") is not None:
                 chain(dataset["degradations"], f"datasets:{phase}:degradations")
         if is_train and own_model:
@@ -691,6 +711,29 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     except UserError as err:
         raise UserError(f"{where}: {err}") from err
     return opt
+
+
+def share_batch(dataset: Dict[str, Any], processes: int) -> None:
+    """Set ``batch_size_per_gpu`` of a training set in place, where ``batch_size_total`` is given.
+
+    Args:
+        processes: that train together, or GPUs of one process.
+
+    Raises:
+        UserError: if the total is no multiple of ``processes``.
+    """
+    total = dataset.get("batch_size_total")
+    if total is None:
+        return
+    if total % processes:
+        near = next(n for n in range(processes, 0, -1) if total % n == 0)
+        below, above = total // processes * processes, (total // processes + 1) * processes
+        totals = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"option datasets:train:batch_size_total: {total} is no multiple of the {processes} processes: take {near}"
+            f" of them, or a total of {totals}"
+        )
+    dataset["batch_size_per_gpu"] = total // processes
 
 
 def check_metric(cfg: Mapping[str, Any], where: str) -> None:

@@ -2,6 +2,9 @@
 
 Beside each result NAME.png lies NAME.json, which says how it was made. Both are renamed into place when they are
 complete, so that an image with its JSON is a finished one, and a second run passes it over.
+
+Several ranks (:mod:`ucdir_plugin.sharding`) each take every n-th image of all, finished or not: what another run has
+done by now must not move the shares. All files of an image are written by its rank alone.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -19,11 +24,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ucdir_plugin import imageio, memory
+from ucdir_plugin import imageio, memory, sharding
 from ucdir_plugin.errors import UserError, WriteError, named
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.files import remove_leftovers_of, write_atomically
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+from ucdir_plugin.sharding import Share
 
 if TYPE_CHECKING:
     from ucdir_plugin.blind import BlindRestorer
@@ -38,24 +44,22 @@ class Job(NamedTuple):
         key: its path relative to the input folder, which names it to the noise, as in validation and test.
         path: where it is.
         stem: path of its results without their extension.
-        size: (height, width).
     """
 
     key: str
     path: str
     stem: str
-    size: Tuple[int, int]
 
 
-def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]:
-    """What there is to do.
+def find_jobs(source: str, target: str) -> Tuple[List[Job], str]:
+    """What there is to do; nothing is opened yet.
 
     Args:
         source: an image, or a folder with images in it and below.
         target: a folder; for one image also a file with an image's extension.
 
     Returns:
-        jobs; key -> reason of images that cannot be read; extension of the results.
+        jobs, in the order of their keys; extension of the results.
 
     Raises:
         UserError: if there is no image, or no place for results.
@@ -77,22 +81,25 @@ def find_jobs(source: str, target: str) -> Tuple[List[Job], Dict[str, str], str]
         stems = [os.path.splitext(target)[0]]
     if os.path.isfile(source) and os.path.realpath(f"{stems[0]}{extension}") == os.path.realpath(source):
         raise UserError(f"-o {target} would overwrite the input: name another one")
-    jobs, unreadable = [], {}
-    for key, stem in zip(keys, stems):
-        path = os.path.join(root, key)
+    return [Job(key, os.path.join(root, key), stem) for key, stem in zip(keys, stems)], extension
+
+
+def read_sizes(jobs: Sequence[Job]) -> Tuple[Dict[Job, Tuple[int, int]], Dict[str, str]]:
+    """(height, width) of the images, by their headers; and key -> reason of those that cannot be read."""
+    sizes, unreadable = {}, {}
+    for job in jobs:
         try:
-            jobs.append(Job(key, path, stem, imageio.image_size(path)))
+            sizes[job] = imageio.image_size(job.path)
         except UserError as err:
-            unreadable[key] = str(err)
-    return jobs, unreadable, extension
+            unreadable[job.key] = str(err)
+    return sizes, unreadable
 
 
 def _stems(keys: List[str]) -> List[str]:
     """Keys without their extension, but where two would be the same: a.jpg and a.png become a_jpg and a_png."""
     plain = [os.path.splitext(key)[0] for key in keys]
-    return [
-        stem if plain.count(stem) == 1 else f"{stem}_{os.path.splitext(key)[1][1:]}" for key, stem in zip(keys, plain)
-    ]
+    count = Counter(plain)
+    return [stem if count[stem] == 1 else f"{stem}_{os.path.splitext(key)[1][1:]}" for key, stem in zip(keys, plain)]
 
 
 def read_record(stem: str) -> Optional[Dict[str, Any]]:
@@ -188,11 +195,18 @@ class _Writer:
 
 
 class _Bar:
-    """One bar over images, steps and patches, in pixels that the networks compute; lines only where no terminal is."""
+    """One bar over images, steps and patches, in pixels that the networks compute.
 
-    def __init__(self, work: int):
+    Lines only where no terminal is, and from one of several ranks; theirs begin with the rank.
+    """
+
+    def __init__(self, work: int, share: Share):
+        self.prefix = f"rank {share.rank}: " if share.world > 1 else ""
         self.bar = tqdm(
-            total=work, disable=None, leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            total=work,
+            disable=True if share.world > 1 else None,
+            leave=False,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )
 
     def image(self, number: int, count: int, key: str) -> None:
@@ -203,7 +217,7 @@ class _Bar:
         self.bar.set_description_str(f"{self.head} step {step + 1}/{steps}", refresh=False)
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write(f"{self.prefix}{line}", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -219,6 +233,7 @@ def restore_files(
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
     scratch: Optional[str] = None,
+    share: Optional[Share] = None,
 ) -> int:
     """Restore an image or a folder of images; a line for each, and the failures at the end.
 
@@ -231,29 +246,33 @@ def restore_files(
         overwrite: restore also what has been restored before.
         max_pixels: larger images are refused.
         scratch: a folder for the image-sized tensors of sampling, which else are in memory.
+        share: which of the images are restored here; default: all.
 
     Returns:
-        exit code: 0, or 1 if some of several images failed.
+        exit code: 0, or 1 if some of several images failed. Of a rank: if some of its own did.
 
     Raises:
         UserError: if nothing could be restored, or results cannot be written.
     """
+    share = share or Share()
     model.check(samples, blend, condition)
-    jobs, failed, extension = find_jobs(source, target)
-    if not jobs:
+    jobs, extension = find_jobs(source, target)
+    sizes, failed = read_sizes(share.of(jobs))
+    if not sizes and share.world == 1:
         _give_up(source, failed)
     _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
     if scratch is not None and model.device.type != "cpu":
         raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
     settings = model.record_settings(seed, samples, blend, condition)
-    records = {job: read_record(job.stem) for job in jobs}
+    records = {job: read_record(job.stem) for job in sizes}
     clashes = _clashes(jobs, extension, samples, model)
-    skipped = [job for job in jobs if not overwrite and _is_finished(job, records[job])]
+    skipped = {job for job in sizes if not overwrite and _is_finished(job, records[job])}
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
-    todo = [job for job in jobs if job not in set(skipped)]
-    counted = [job for job in todo if job.size[0] * job.size[1] <= max_pixels]
-    bar = _Bar(sum(model.plan(*job.size).pixels for job in counted) * samples * bool(blend))
+    todo = [job for job in sizes if job not in skipped]
+    counted = [sizes[job] for job in todo if sizes[job][0] * sizes[job][1] <= max_pixels]
+    bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend), share)
+    remove_leftovers_of([name for job in todo for name in _paths(job.stem, extension, samples, model.beside)])
     writer = _Writer()
     every: List[_Results] = []
     try:
@@ -266,6 +285,8 @@ def restore_files(
                     raise UserError(clashes[job])
                 if not overwrite:
                     _keep_foreign(results, records[job], samples, model.beside)
+                if empty is torch.empty and model.device.type == "cpu":
+                    _check_memory(model, sizes[job], samples)
                 record = _restore_one(
                     model, job, results, writer, bar, seed, samples, blend, condition, max_pixels, empty
                 )
@@ -284,12 +305,38 @@ def restore_files(
     failed.update((results.job.key, _reason(results.fault)) for results in every if results.fault is not None)
     if skipped:
         note = f", {otherwise} of them with other settings" if otherwise else ""
-        print(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
-    if failed and not skipped and not any(results.finished for results in every):
+        bar.say(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
+    if failed and not skipped and not any(results.finished for results in every) and share.world == 1:
         _give_up(source, failed)
     for key, reason in failed.items():
         print(f"failed: {named(key, reason)}", file=sys.stderr)
+    if share.world > 1:
+        all_here = sharding.wait_for_others(share)
+        if share.rank == 0 or not all_here:
+            bar.say(_all_ranks(share, jobs, overwrite, settings, all_here))
     return 1 if failed else 0
+
+
+def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Mapping[str, Any], ended: bool) -> str:
+    """What there is now of all ranks' images, and what to do about the rest.
+
+    Args:
+        ended: whether all ranks are known to have done what they could.
+    """
+    missing = []
+    for job in jobs:
+        record = read_record(job.stem)
+        if not _is_finished(job, record) or (overwrite and record["settings"] != settings):
+            missing.append(job.key)
+    if not missing:
+        return f"all {len(jobs)} images of {share.world} ranks are finished"
+    names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    found = f"{len(jobs) - len(missing)} of the {len(jobs)} images of {share.world} ranks are finished"
+    if ended:
+        return f"{found}, not: {names}; the reasons are above"
+    return (
+        f"{found}, not (yet): {names}; if no rank is left at work, run the same command again, on any number of ranks"
+    )
 
 
 def _restore_one(
@@ -308,8 +355,6 @@ def _restore_one(
     """Compute, and hand over for writing; returns the record."""
     started = time.perf_counter()
     memory.reset_peak(model.device)
-    if empty is torch.empty and model.device.type == "cpu":
-        _check_memory(model, job, samples)
     photo = imageio.read_photo(job.path, max_pixels)
     imageio.check_output(results.extension, photo, model.scale)
     photo = model.like(photo)
@@ -356,11 +401,11 @@ def _restore_one(
     return record
 
 
-def _check_memory(model: Model, job: Job, samples: int) -> None:
-    need, free = model.state_bytes(*job.size, samples), memory.available()
+def _check_memory(model: Model, size: Tuple[int, int], samples: int) -> None:
+    need, free = model.state_bytes(*size, samples), memory.available()
     if free is not None and need > free:
         raise UserError(
-            f"{job.size[1]}x{job.size[0]} pixels need {need / 2**30:.1f} GB beside the networks, {free / 2**30:.1f} GB"
+            f"{size[1]}x{size[0]} pixels need {need / 2**30:.1f} GB beside the networks, {free / 2**30:.1f} GB"
             " are free: add --scratch DIR, a folder on a disk with that room"
         )
 
@@ -399,6 +444,11 @@ def _names(stem: str, extension: str, samples: int, beside: Sequence[str]) -> Tu
     return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in beside]
 
 
+def _paths(stem: str, extension: str, samples: int, beside: Sequence[str]) -> List[str]:
+    own, more = _names(stem, extension, samples, beside)
+    return own + more
+
+
 def _clashes(jobs: List[Job], extension: str, samples: int, model: Model) -> Dict[Job, str]:
     """Images of which a file would be written over an input or another image's result: why they are not restored."""
     inputs = [(job.path, f"the input {job.key}") for job in jobs]
@@ -420,12 +470,10 @@ def _check_writable(folder: str) -> None:
     Raises:
         UserError: if results cannot be written there, before hours of work.
     """
-    probe = os.path.join(folder or ".", f".ucdir_{os.getpid()}.tmp")
     try:
         os.makedirs(folder or ".", exist_ok=True)
-        with open(probe, "wb"):
+        with tempfile.TemporaryFile(dir=folder or "."):
             pass
-        os.remove(probe)
     except OSError as err:
         raise UserError(f"-o: cannot write in {folder or '.'}: {err.strerror}") from err
 

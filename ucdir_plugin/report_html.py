@@ -58,7 +58,7 @@ def part(pictures: Pictures, side: int = SIDE) -> dict[str, np.ndarray]:
 
 
 class Store:
-    """Pictures of a run's images in a folder, until it is known which are shown; of large images the shown part only.
+    """Pictures of a run's images in a folder until its tables are written: what stopped before that goes on from them.
 
     Several processes may share the folder.
     """
@@ -69,18 +69,35 @@ class Store:
     def _path(self, key: str) -> Path:
         return self.folder / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:32]}.npz"
 
-    def keep(self, key: str, pictures: Pictures) -> None:
-        size = np.array(list(pictures.values())[-1].shape[:2])
-        encoded = {name: cv2.imencode(".png", image)[1] for name, image in part(pictures).items()}
+    def keep(self, key: str, pictures: Pictures, files: Optional[Mapping[str, bytes]] = None, stamp: str = "") -> None:
+        """
+        Args:
+            files: what else was made of the image: name -> content.
+            stamp: what all this was made from; :meth:`find` asks for it.
+        """
+        data = {f"image_{name}": cv2.imencode(".png", image)[1] for name, image in pictures.items()}
+        data.update((f"file_{name}", np.frombuffer(content, np.uint8)) for name, content in (files or {}).items())
         buffer = io.BytesIO()
-        np.savez(buffer, size=size, **{f"image_{name}": data for name, data in encoded.items()})
+        np.savez(buffer, stamp=np.frombuffer(stamp.encode(errors="surrogatepass"), np.uint8), **data)
         write_atomically(buffer.getvalue(), self._path(key))
 
-    def __call__(self, key: str) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """The parts of an image's pictures, and the (height, width) of the whole."""
+    def find(self, key: str, stamp: str = "") -> Optional[tuple[dict[str, np.ndarray], dict[str, bytes]]]:
+        """Pictures and files of an image; None if there are none of this stamp."""
+        if not self._path(key).exists():
+            return None
+        found, images, files = self._read(key)
+        return (images, files) if found == stamp else None
+
+    def part(self, key: str) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        """The shown part of an image's pictures, and the (height, width) of the whole."""
+        _, images, _ = self._read(key)
+        return part(images), list(images.values())[-1].shape[:2]
+
+    def _read(self, key: str) -> tuple[str, dict[str, np.ndarray], dict[str, bytes]]:
         with np.load(self._path(key)) as file:
             images = {n[6:]: cv2.imdecode(file[n], cv2.IMREAD_UNCHANGED) for n in file.files if n.startswith("image_")}
-            return images, tuple(int(n) for n in file["size"])
+            files = {n[5:]: file[n].tobytes() for n in file.files if n.startswith("file_")}
+            return file["stamp"].tobytes().decode(errors="surrogatepass"), images, files
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import ucdir_plugin
-from ucdir_plugin import conditions, imageio, memory, sampling, weights
+from ucdir_plugin import conditions, imageio, memory, sampling, sharding, weights
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.archs.padding import pad_for, size_multiple
 from ucdir_plugin.diffusion import tiling
@@ -256,7 +256,7 @@ def choose_device(name: str = "auto") -> torch.device:
         UserError: if there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _own_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError as err:
@@ -265,7 +265,15 @@ def choose_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} was never tried: take auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices are; take cpu")
-    return device
+    return _own_gpu(device)
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """Of several processes on a machine each takes a GPU of its own, unless one was named."""
+    share = sharding.own_share()
+    if share.world == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", share.local % torch.cuda.device_count())
 
 
 def load_model(

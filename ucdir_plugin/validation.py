@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from ucdir_plugin import report
 from ucdir_plugin.errors import ImageError
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.files import write_atomically
+from ucdir_plugin.report_html import Store
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
 
@@ -70,7 +71,8 @@ def validate(
     current_iter: Any,
     tb_logger: Any = None,
     save_img: bool = True,
-    keep: Optional[Callable[[str, dict[str, np.ndarray]], None]] = None,
+    store: Optional[Store] = None,
+    settings: str = "",
 ) -> report.Results:
     """Restore every image of ``dataset``, measure input, initial prediction and result, log and write them.
 
@@ -79,7 +81,9 @@ def validate(
         dataset: samples with ``lq``, ``lq_path`` and, where known, ``gt``.
         current_iter: the iteration, or the run's name in a test, as in BasicSR.
         save_img: write the results and, side by side, input | initial | restored | truth.
-        keep: called with each image's key and its pictures: stage or ``truth`` -> (H, W, 3) BGR uint8.
+        store: keeps each image's pictures, stage or ``truth`` -> (H, W, 3) BGR uint8; those that it has of the same
+            ``settings`` and files are not made again.
+        settings: all that decides what comes out.
 
     Returns:
         the measurements of all images, on every rank.
@@ -91,30 +95,37 @@ def validate(
     evaluation = _evaluation(opt)
     quiet = rank != 0 or not opt["val"].get("pbar", True)
     bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=quiet or None)
+    kept = 0
     with bare_networks(model):
         for data in bar:
             key = sample_key(data, dataset_opt)
-            model.feed_data({**data, "key": [key]})
-            try:
-                model.test()
-            except ImageError as err:
-                evaluation.fail(key, str(err))
-                continue
-            visuals = model.get_current_visuals()
-            images = {name: tensor2img([visuals[name]]) for name in (*STAGES, "gt") if name in visuals}
-            truth = images.pop("gt", None)
-            stages = {STAGES[n]: image for n, image in images.items()}
+            stamp = f"{settings} {_state(data)}"
+            found = store.find(key, stamp) if store else None
+            if found is None:
+                try:
+                    found = _restored(model, {**data, "key": [key]})
+                except ImageError as err:
+                    evaluation.fail(key, str(err))
+                    continue
+                if store:
+                    store.keep(key, *found, stamp)
+            else:
+                kept += 1
+            stages, further = found
+            truth = stages.pop("truth", None)
+            images = {name: stages[stage] for name, stage in STAGES.items() if stage in stages}
             files = _files(data)
             if save_img:
                 files.update(_write_pictures(opt, dataset_opt["name"], key, images, truth, current_iter))
-                for suffix, content in (model.result_files() if hasattr(model, "result_files") else {}).items():
+                for suffix, content in further.items():
                     folder = os.path.join(opt["path"]["visualization"], f"{dataset_opt['name']}_learned")
                     write_atomically(content, os.path.join(folder, f"{os.path.splitext(key)[0]}{suffix}"))
             evaluation.add(key, stages, truth, images.get("lq"), files)
-            if keep:
-                keep(key, stages if truth is None else {**stages, "truth": truth})
             for name in ("gt", "lq", "output", "initial"):
                 vars(model).pop(name, None)
+    if kept:
+        by = f"rank {rank}: " if world > 1 else ""
+        print(f"{by}{kept} images of {dataset_opt['name']} were restored by a run that stopped: kept", flush=True)
     if opt["dist"]:
         # Features can be large: they go to rank 0 alone, and the numbers come back.
         shares = [None] * world if rank == 0 else None
@@ -129,6 +140,27 @@ def validate(
     if metrics:
         _log(model, dataset_opt["name"], results.summary(), current_iter, tb_logger)
     return results
+
+
+def _restored(model: Any, data: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, bytes]]:
+    """Pictures of an image, stage or ``truth`` -> (H, W, 3) BGR uint8, and what else the model makes of it.
+
+    Raises:
+        ImageError: if it cannot be restored.
+    """
+    model.feed_data(data)
+    model.test()
+    visuals = model.get_current_visuals()
+    names = {**STAGES, "gt": "truth"}
+    pictures = {stage: tensor2img([visuals[name]]) for name, stage in names.items() if name in visuals}
+    return pictures, model.result_files() if hasattr(model, "result_files") else {}
+
+
+def _state(data: dict[str, Any]) -> list[list[int]]:
+    """Whether the files of an image are still the same."""
+    paths = [data[name][0] for name in ("lq_path", "gt_path") if name in data]
+    states = [os.stat(path) for path in paths if os.path.isfile(path)]
+    return [[state.st_size, state.st_mtime_ns] for state in states]
 
 
 def _evaluation(opt: dict) -> Evaluation:
