@@ -661,12 +661,12 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             for key in sorted(_MEANINGLESS.get(dataset["type"], set()) & {k for k, v in datasets[phase].items() if v}):
                 raise UserError(f"option datasets:{phase}:{key} has no meaning for {dataset['type']}; remove it")
             if dataset.get("batch_size_total") is not None:
-                where = f"option datasets:{phase}:batch_size_total"
+                total = f"option datasets:{phase}:batch_size_total"
                 if phase.split("_")[0] != "train":
-                    raise UserError(f"{where} is for training: images of {phase} are restored one by one; remove it")
+                    raise UserError(f"{total} is for training: images of {phase} are restored one by one; remove it")
                 if datasets[phase].get("batch_size_per_gpu") is not None:
                     raise UserError(
-                        f"{where} and batch_size_per_gpu exclude each other: remove one, or give it as ~ (nothing)"
+                        f"{total} and batch_size_per_gpu exclude each other: remove one, or give it as ~ (nothing)"
                     )
             if dataset.get("degradations") is not None:
                 chain(dataset["degradations"], f"datasets:{phase}:degradations")
