@@ -122,7 +122,7 @@ def test_variants_train_and_restore(file, workplace, monkeypatch):
         model.update_learning_rate(iteration)
         model.feed_data(default_collate([train[0], train[1]]))
         model.optimize_parameters(iteration)
-    assert model.bad_steps == 0
+    assert model.stepper.bad == 0
     after = torch.cat([p.detach().flatten() for p in model.net_g.denoise_fn.parameters()])
     assert after.isfinite().all() and not torch.equal(after, before)
     sample = val[0]

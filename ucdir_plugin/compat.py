@@ -33,7 +33,7 @@ import basicsr.utils.options
 from basicsr.models.base_model import BaseModel
 
 from ucdir_plugin import checkpoint, weights
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.errors import UserError
 
 _PATCHED_VERSION = "1.4.2"
 
@@ -69,12 +69,10 @@ def _load_resume_state(opt: dict) -> dict | None:
 
 
 def _get_optimizer(self: BaseModel, optim_type: str, params, lr: float, **kwargs) -> torch.optim.Optimizer:
-    """Upstream knows only Adam: take any optimizer of ``torch.optim``."""
-    cls = getattr(torch.optim, optim_type, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type)]
-        raise UserError(f"there is no optimizer {optim_type!r} in torch.optim; {did_you_mean(optim_type, known)}")
-    return cls(params, lr=lr, **kwargs)
+    """Upstream knows only Adam."""
+    from ucdir_plugin.training import build_optimizer  # which needs BasicSR
+
+    return build_optimizer(optim_type, params, lr, **kwargs)
 
 
 def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
@@ -87,21 +85,25 @@ def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
     return _upstream_model_to_device(self, net)
 
 
-def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
+def set_learning_rates(optimizers: list, schedulers: list, current_iter: int, warmup_iter: int = -1) -> None:
     """Upstream's warm-up overwrites the rate that a multi-step scheduler goes on from: (warmup - 1) / warmup remains.
 
     Here the warm-up factor is taken off before the scheduler's step and put on after it.
     """
-    groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group.pop("lr_without_warmup", group["lr"])
     if current_iter > 1:
-        for scheduler in self.schedulers:
+        for scheduler in schedulers:
             scheduler.step()
     if current_iter < warmup_iter:
         for group in groups:
             group["lr_without_warmup"] = group["lr"]
             group["lr"] *= current_iter / warmup_iter
+
+
+def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
+    set_learning_rates(self.optimizers, self.schedulers, current_iter, warmup_iter)
 
 
 def _cosine_get_lr(self) -> list[float]:
