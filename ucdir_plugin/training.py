@@ -9,11 +9,13 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
 import torch
 import torch.distributed as dist
 from basicsr.losses import build_loss
+from basicsr.models.base_model import BaseModel
 from torch import nn
 
 from ucdir_plugin import sampling
@@ -75,6 +77,15 @@ def build_optimizer(optim_type: str, params: list, lr: float, **kwargs: Any) -> 
         known = [n for n, c in vars(torch.optim).items() if isinstance(c, type)]
         raise UserError(f"there is no optimizer {optim_type!r} in torch.optim; {did_you_mean(optim_type, known)}")
     return cls(params, lr=lr, **kwargs)
+
+
+def build_schedulers(scheduler: Optional[Dict[str, Any]], optimizers: list) -> list:
+    """``train: scheduler`` of an option file, for each optimizer; none for None."""
+    if not scheduler:
+        return []
+    holder = SimpleNamespace(opt={"train": {"scheduler": dict(scheduler)}}, optimizers=optimizers, schedulers=[])
+    BaseModel.setup_schedulers(holder)
+    return holder.schedulers
 
 
 def update_average(averaged: nn.Module, live: nn.Module, iteration: int, start: int, decay: float) -> None:
