@@ -1,4 +1,5 @@
-"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU.
+"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU,
+and one function of MMEngine.
 
 Import it before anything of BasicSR. The aliases of vanished modules are made at import, so that spawned workers have
 them too. Each patch names the fault it cures and stands aside where upstream no longer has it.
@@ -31,9 +32,11 @@ import basicsr.train
 import basicsr.utils.dist_util
 import basicsr.utils.options
 from basicsr.models.base_model import BaseModel
+from mmengine.fileio import LocalBackend
 
 from ucdir_plugin import checkpoint, weights
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.files import write_atomically
 
 _PATCHED_VERSION = "1.4.2"
 
@@ -137,6 +140,13 @@ def _model_ema(self: BaseModel, decay: float = 0.999) -> None:
     for ema, live in zip(self.net_g_ema.buffers(), self.get_bare_model(self.net_g).buffers()):
         ema.copy_(live)
 
+
+def _put(self: LocalBackend, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
+    """MMEngine 0.10 writes checkpoints in place: a kill leaves half of one under its name."""
+    write_atomically(obj, filepath)
+
+
+LocalBackend.put = _put
 
 if basicsr.__version__ == _PATCHED_VERSION and not hasattr(BaseModel, "_ucdir_plugin_patched"):
     BaseModel._ucdir_plugin_patched = True

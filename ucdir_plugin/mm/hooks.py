@@ -141,8 +141,8 @@ class PlainCheckpointHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         hub = checkpoint.get("message_hub")
         if hub:
-            info = {k: v for k, v in hub["runtime_info"].items() if isinstance(v, (str, int, float, type(None)))}
-            info.pop("cfg", None)
+            plain = (str, int, float, bool)  # by type: numpy's floats are floats too
+            info = {k: v for k, v in hub["runtime_info"].items() if type(v) in plain and k != "cfg"}
             kept = {k: v for k, v in hub["resumed_keys"].items() if k in info}
             checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": info, "resumed_keys": kept}
 
