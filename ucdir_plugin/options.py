@@ -603,6 +603,10 @@ def _check_engine(opt: dict) -> None:
         from ucdir_plugin.mm.settings import check_settings  # it needs MMEngine's runner
 
         check_settings(own)
+    if own["optim_wrapper"]:
+        for key, instead in (("accumulate", "accumulative_counts"), ("amp", "its own precision")):
+            if train.get(key) not in (None, 1):
+                raise UserError(f"option train:{key} has no meaning for mmengine:optim_wrapper, which has {instead}")
     if own["param_scheduler"] and (train.get("scheduler") or train.get("warmup_iter", -1) > 0):
         raise UserError("option mmengine:param_scheduler: remove train:scheduler and train:warmup_iter")
 

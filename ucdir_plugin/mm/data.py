@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any, Dict, Mapping, Union
 
 from basicsr.data import build_dataset
@@ -29,7 +30,8 @@ class BasicSRDataset(KeyedDataset):
     """
 
     def __init__(self, opt: Mapping[str, Any], phase: str = "train", scale: int = 1, seed: int = 0):
-        opt = {"name": phase, "io_backend": {"type": "disk"}, **opt, "phase": phase, "scale": scale}
+        defaults = {"name": phase, "io_backend": {"type": "disk"}}
+        opt = {**defaults, **deepcopy(dict(opt)), "phase": phase, "scale": scale}  # BasicSR's datasets change theirs
         super().__init__(build_dataset(opt), seed)
         self.metainfo: Dict[str, Any] = {"name": opt["name"]}
 

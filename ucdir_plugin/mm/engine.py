@@ -86,6 +86,15 @@ def build_model(opt: Dict[str, Any]) -> torch.nn.Module:
     return engine.build("model", getattr(models, opt["model_type"]), opt)
 
 
+def optim_wrapper(opt: Dict[str, Any]) -> Dict[str, Any]:
+    """This package's wrapper; or MMEngine's that ``mmengine: optim_wrapper`` names, with the optimizer of ``train``."""
+    own, train = opt["mmengine"]["optim_wrapper"], opt["train"]
+    if own is None:
+        return {"constructor": f"{SCOPE}.DiffusionOptimConstructor"}
+    clip = {"clip_grad": {"max_norm": train["grad_clip"]}} if train["grad_clip"] else {}
+    return {"optimizer": dict(train["optim_g"]), **clip, **copy.deepcopy(own)}
+
+
 def find_checkpoint(opt: Dict[str, Any], root: str) -> Optional[str]:
     """The checkpoint of MMEngine to go on from: the newest that can be read, or the one that is named.
 
@@ -173,7 +182,7 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
         "model": model,
         "train_dataloader": training_loader(train_set, data, sampler),
         "train_cfg": loop,
-        "optim_wrapper": own["optim_wrapper"] or {"constructor": f"{SCOPE}.DiffusionOptimConstructor"},
+        "optim_wrapper": optim_wrapper(opt),
         "param_scheduler": own["param_scheduler"],
         "load_from": checkpoint,
         "resume": checkpoint is not None,

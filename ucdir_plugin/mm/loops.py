@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Dict
 
 from basicsr.models.sr_model import SRModel
@@ -9,6 +10,7 @@ from basicsr.utils import get_root_logger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.loader import close
@@ -66,10 +68,12 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         size = len(data_batch["sample_number"])
+        part = getattr(runner.optim_wrapper, "part", None)  # wrappers of MMEngine's count for themselves
         outputs: Dict[str, Any] = {}
         for rows in parts_of(size, self.accumulate):
             share = (rows.stop - rows.start) / size
-            runner.optim_wrapper.part(share, rows.stop == size)
+            if part is not None:
+                part(share, rows.stop == size)
             found = runner.model.train_step(_rows(data_batch, rows), optim_wrapper=runner.optim_wrapper)
             for name, value in found.items():
                 outputs[name] = outputs.get(name, 0) + value.detach() * share
@@ -165,13 +169,15 @@ class RestorationLoop(BaseLoop):
         kind = Generating if self.opt["model_type"] == "DiffusionPriorModel" else Restoring
         model = kind(runner, self.opt, self.phase)
         metrics: Dict[str, float] = {}
-        if self.phase == "test":
-            self.code = engine.test_sets(self.opt, model, self.datasets)
-        for dataset in self.datasets if self.phase == "val" else ():
-            results = engine.validate_set(self.opt, model, dataset, runner.iter, None)
-            found = flat(results) if results is not None else getattr(model, "losses", {})
-            several = f"{dataset.opt['name']}/" if len(self.datasets) > 1 else ""
-            metrics.update({f"{several}{name}": value for name, value in found.items()})
+        sharded = isinstance(runner.model, FullyShardedDataParallel)  # its module has no whole weights else
+        with FullyShardedDataParallel.summon_full_params(runner.model, writeback=False) if sharded else nullcontext():
+            if self.phase == "test":
+                self.code = engine.test_sets(self.opt, model, self.datasets)
+            for dataset in self.datasets if self.phase == "val" else ():
+                results = engine.validate_set(self.opt, model, dataset, runner.iter, None)
+                found = flat(results) if results is not None else getattr(model, "losses", {})
+                several = f"{dataset.opt['name']}/" if len(self.datasets) > 1 else ""
+                metrics.update({f"{several}{name}": value for name, value in found.items()})
         runner.call_hook(f"after_{self.phase}_epoch", metrics=metrics)
         runner.call_hook(f"after_{self.phase}")
         return metrics
