@@ -221,12 +221,13 @@ def test_two_processes(workplace):
     assert read_checkpoint(runs / "mm/iter_3.pth")["meta"]["iter"] == 3
 
 
-FLEXIBLE = {"mmengine": {"strategy": {"type": "SingleDeviceStrategy"}, "hooks": [{"type": "EmptyCacheHook"}]}}
+FLEXIBLE = {"mmengine": {"strategy": {"type": "SingleDeviceStrategy"}, "hooks": [{"type": "EmptyCacheHook"}],
+                         "optim_wrapper": {"type": "OptimWrapper"}}}  # fmt: skip
 
 
 def test_a_strategy_trains_the_same(workplace):
-    """MMEngine's FlexibleRunner, of which FSDP and DeepSpeed are strategies; its checkpoint resumes as the Runner's."""
-    small = {"datasets": {"val": None}, "train": {"total_iter": 2}}
+    """FlexibleRunner, of which FSDP and DeepSpeed are strategies, with MMEngine's own wrapper of the optimizer."""
+    small = {"datasets": {"val": None}, "train": {"total_iter": 2, "optim_g": {"fused": True}}}
     for name, more in (("mm", {}), ("flexible", FLEXIBLE)):
         path = workplace.write(merged(merged(MM, small), {"name": name, **more}))
         done = workplace.run("train.py", "-opt", path)
@@ -281,7 +282,8 @@ train_dataloader = dict(batch_size=2, dataset=dict(type="ucdir_plugin.BasicSRDat
                         sampler=dict(type="ucdir_plugin.KeyedSampler", batch=2), collate_fn=dict(type="default_collate"))
 train_cfg = dict(by_epoch=False, max_iters=2, val_interval=2)
 optim_wrapper = dict(constructor="ucdir_plugin.DiffusionOptimConstructor")
-val_dataloader = dict(batch_size=1, dataset=dict(type="ucdir_plugin.BasicSRDataset", opt=data, phase="val"),
+files = dict(type="PairedRestorationDataset", dataroot_gt="photos", dataroot_lq="photos")
+val_dataloader = dict(batch_size=1, dataset=dict(type="ucdir_plugin.BasicSRDataset", opt=files, phase="val"),
                       sampler=dict(type="DefaultSampler", shuffle=False))
 val_cfg = dict()
 val_evaluator = [dict(type="ucdir_plugin.RestorationMetrics", metrics=dict(psnr=dict(type="calculate_psnr", crop_border=0))),
@@ -362,6 +364,8 @@ WRONG = [
     ({"engine": "mmengine", "mmengine": {"strategy": {"type": "FSDPStrateg"}}}, "did you mean 'FSDPStrategy'"),
     ({"engine": "mmengine", "mmengine": {"strategy": {"type": "FSDPStrategy"}}}, "FSDPStrategy needs a CUDA device"),
     ({"engine": "mmengine", "mmengine": {"optim_wrapper": {"type": "AmpOptimWrapper"}}}, "AmpOptimWrapper needs a CUDA device"),
+    ({"engine": "mmengine", "mmengine": {"strategy": {"type": "DeepSpeedStrategy"}}}, r"\[deepspeed\]"),
+    ({"engine": "mmengine", "mmengine": {"optim_wrapper": {"type": "OptimWrapper"}}, "train": {**TINY["train"], "amp": "bf16"}}, "train:amp has no meaning for mmengine:optim_wrapper"),
     ({"engine": "mmengine", "mmengine": {"visualizer": {"type": "Visualizer", "vis_backends": [{"type": "subprocess.Popen"}]}}}, "vis_backends:0:type: there is no 'subprocess.Popen'"),
     ({"engine": "mmengine", "mmengine": {"log_processor": {"window": {"type": "os.system"}}}}, "'os.system' is in none of MMEngine's registries"),
     ({"engine": "mmengine", "network_g": {"predictor": {"type": "mmagic.EDSR"}}}, "no scope 'mmagic'"),

@@ -16,6 +16,7 @@ from ucdir_plugin.options import apply_overrides, load_options, option_text
 from ucdir_plugin.registry import build_arch
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
+FILES = [file for file in FILES if not file.startswith("mmengine/")]  # test_mmengine.py has those
 ALONE = [file for file in FILES if "/" not in file]
 BIRD = [file for file in FILES if file.startswith("bird/")]
 PRIORS = [file for file in FILES if file.startswith("prior/")]

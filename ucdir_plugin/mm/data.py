@@ -11,6 +11,7 @@ from mmengine.dist import get_dist_info
 from torch.utils.data import Dataset
 
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
+from ucdir_plugin.options import DatasetOptions
 from ucdir_plugin.registry import DATA_SAMPLERS, DATASETS
 from ucdir_plugin.validation import sample_key
 
@@ -30,7 +31,7 @@ class BasicSRDataset(KeyedDataset):
     """
 
     def __init__(self, opt: Mapping[str, Any], phase: str = "train", scale: int = 1, seed: int = 0):
-        defaults = {"name": phase, "io_backend": {"type": "disk"}}
+        defaults = DatasetOptions(name=phase, type=opt["type"]).model_dump(exclude_none=True)
         opt = {**defaults, **deepcopy(dict(opt)), "phase": phase, "scale": scale}  # BasicSR's datasets change theirs
         super().__init__(build_dataset(opt), seed)
         self.metainfo: Dict[str, Any] = {"name": opt["name"]}

@@ -23,8 +23,10 @@ Sample = Dict[str, Any]
 
 
 def _collated(data: Union[Mapping, Sequence]) -> Mapping[str, Any]:
-    """A batch as torch's default collate function makes it, also of MMEngine's list."""
-    return data if isinstance(data, Mapping) else default_collate(list(data))
+    """A batch as torch's default collate function makes it, also of MMEngine's lists."""
+    if isinstance(data, Mapping):
+        return {key: _collated(value) if isinstance(value, (Mapping, list)) else value for key, value in data.items()}
+    return default_collate(list(data))
 
 
 def _keys(data: Mapping[str, Any], count: int) -> List[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any, Mapping
 
@@ -83,10 +84,14 @@ def check_settings(section: Mapping[str, Any]) -> None:
             for name, hook in value.items():
                 _check(hook, f"mmengine:{key}:{name}", mm.HOOKS)
         elif key != "custom_imports":
-            _check(
-                value,
-                f"mmengine:{key}",
-                None if isinstance(value, (dict, list)) and key not in _KINDS else _KINDS.get(key),
+            _check(value, f"mmengine:{key}", _KINDS.get(key))
+    wrapper = (section.get("optim_wrapper") or {}).get("type")
+    if (section.get("strategy") or {}).get("type") == "DeepSpeedStrategy":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError("option mmengine:strategy: DeepSpeedStrategy needs: pip install -e '.[deepspeed]'")
+        if wrapper != "DeepSpeedOptimWrapper":
+            raise UserError(
+                "option mmengine:strategy: DeepSpeedStrategy wants optim_wrapper: {type: DeepSpeedOptimWrapper}"
             )
     if torch.cuda.is_available():
         return
