@@ -147,10 +147,25 @@ def test_loss_gradients_and_average_after_five_steps(accumulate):
     assert not torch.equal(weights_of(two.net_g_ema), weights_of(two.net_g))
 
 
+def test_a_step_without_a_finite_loss_changes_nothing():
+    opt = check_options(merged(TINY, {**SGD, "train": {**SGD["train"], "max_bad_steps": 2}}), True)
+    model = MODELS.build({"type": "ucdir_plugin.UCDIRModel", "opt": opt})
+    wrapper = build_optim_wrapper(model, {"constructor": "ucdir_plugin.DiffusionOptimConstructor"})
+    before, bad = weights_of(model), batch()
+    bad["gt"][0, 0, 0, 0] = float("nan")
+    model.train_step(bad, wrapper)
+    AverageHook(0.9).after_train_iter(Loop(model, wrapper), 0)
+    assert not wrapper.stepped and torch.equal(weights_of(model), before)
+    with pytest.raises(UserError, match="2 steps in a row without a finite loss"):
+        model.train_step(bad, wrapper)
+    assert wrapper.state_dict()["stepper"]["bad_steps"] == 2
+
+
 def test_tools_agree_and_weights_cross(workplace):
     """tools/train.py under both engines: equal weights and tables; each tests, and restores, what the other trained."""
     psnr = {"niqe": None}  # PSNR alone is quick
     changes = {
+        "network_g": {"denoiser": {"dropout": 0.1}},  # random too
         "val": {"val_freq": 2, "metrics": psnr},
         "train": {"accumulate": 2, "optim_g": {"type": "Adam", "lr": 1e-3}},
     }
