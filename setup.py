@@ -52,6 +52,7 @@ setup(
         "raw": ["rawpy>=0.25"],  # the first that tells the camera's crop
         "diffusers": ["diffusers>=0.30"],  # to load a UNet2DModel as prior
         "deepinv": [DEEPINV],
+        "deepspeed": ["deepspeed>=0.14"],  # mmengine: strategy: {type: DeepSpeedStrategy}; never run here
         "dev": [
             *METRICS,
             "rawpy>=0.25",

@@ -178,7 +178,7 @@ def test_a_training_step_hears_them(monkeypatch):
         model.opt["train"]["accumulate"] = accumulate
         model.feed_data(batch(quality=torch.tensor([10, 20, 30, 40])))
         model.optimize_parameters(1)
-    expected = conditions.leave_out(model.declared, torch.tensor([[10.0], [20.0], [30.0], [40.0]]), 0, range(4))
+    expected = conditions.leave_out(model.task.declared, torch.tensor([[10.0], [20.0], [30.0], [40.0]]), 0, range(4))
     assert expected.isnan().any() and not expected.isnan().all()
     for found in (seen[0], torch.cat(seen[1:])):
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)

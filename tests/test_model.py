@@ -8,9 +8,9 @@ from basicsr.models import build_model
 from conftest import TINY, merged
 
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.models.ucdir_model import training_noise
 from ucdir_plugin.options import check_options
 from ucdir_plugin.sampling import plan, sampling_schedule
+from ucdir_plugin.training import training_noise
 
 
 def make(changes=None, is_train=True, **path):
@@ -245,9 +245,9 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_ten_stop():
     torch.testing.assert_close(weights_of(model.net_g_ema), average, rtol=0, atol=0)
     for k, v in model.optimizer_g.state_dict()["state"].items():
         torch.testing.assert_close(v["exp_avg"], moments[k], rtol=0, atol=0)
-    assert model.bad_steps == 9
+    assert model.stepper.bad == 9
     step(model, 11, batch())  # a good one between starts the count anew
-    assert model.bad_steps_in_a_row == 0
+    assert model.stepper.bad_in_a_row == 0
     bad["gt"][0, 0, 0, 0] = math.inf
     for i in range(9):
         step(model, 12 + i, bad)

@@ -16,6 +16,7 @@ from ucdir_plugin.options import apply_overrides, load_options, option_text
 from ucdir_plugin.registry import build_arch
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
+FILES = [file for file in FILES if not file.startswith("mmengine/")]  # test_mmengine.py has those
 ALONE = [file for file in FILES if "/" not in file]
 BIRD = [file for file in FILES if file.startswith("bird/")]
 PRIORS = [file for file in FILES if file.startswith("prior/")]
@@ -123,7 +124,7 @@ def test_variants_train_and_restore(file, workplace, monkeypatch):
         model.update_learning_rate(iteration)
         model.feed_data(default_collate([train[0], train[1]]))
         model.optimize_parameters(iteration)
-    assert model.bad_steps == 0
+    assert model.stepper.bad == 0
     after = torch.cat([p.detach().flatten() for p in model.net_g.denoise_fn.parameters()])
     assert after.isfinite().all() and not torch.equal(after, before)
     sample = val[0]

@@ -217,12 +217,12 @@ def test_hybrid_loss_and_where_its_gradients_go():
     model = make({"train": {"grad_clip": None, "ema_decay": 0.0, "optim_g": {"type": "SGD", "lr": 0.0}}})
     torch.nn.init.normal_(model.net_g.out[2].weight, std=0.1)
     model.feed_data(batch())
-    part = model.draw([0, 1, 2, 3])
+    part = model.task.draw(model.batch, [0, 1, 2, 3])
     steps = part["timestep"].long()
     level = torch.from_numpy(model.schedule.levels)[steps + 1].float()
-    torch.testing.assert_close(part["x_t"], diffuse(model.gt * 2 - 1, level, part["noise"]))
+    torch.testing.assert_close(part["x_t"], diffuse(model.batch["gt"], level, part["noise"]))
     out = model.net_g(part["x_t"], part["timestep"])
-    terms, errors = model.terms(part)
+    terms, errors = model.task.terms(model.net_g, part)
     torch.testing.assert_close(errors, (out[:, :3] - part["noise"]).square().flatten(1).mean(1))
     assert float(terms["l_eps"].detach()) == pytest.approx(float(errors.mean()), rel=1e-5)
     bound = variational_terms(out[:, :3], out[:, 3:], part["noise"], part["x0"], part["timestep"], model.schedule)
@@ -232,7 +232,7 @@ def test_hybrid_loss_and_where_its_gradients_go():
         gradient = torch.autograd.grad(terms[name], head, retain_graph=True)[0].abs().flatten(1).sum(1)
         assert (gradient[own] > 0).all() and int((gradient > 0).sum()) == 3
     model.feed_data({"gt": batch()["gt"][2:3]})
-    alone = model.draw([2])  # a function of the sample's number, not of its batch
+    alone = model.task.draw(model.batch, [2])  # a function of the sample's number, not of its batch
     assert alone["timestep"][0] == part["timestep"][2] and torch.equal(alone["noise"][0], part["noise"][2])
 
 
@@ -254,7 +254,10 @@ def test_it_learns(changes):
         elif iteration == 50:
             model.get_current_log()
     assert last < 0.8 * first
-    assert ("l_variance" in {**model._sums, **model.terms(model.draw([0, 1, 2, 3]))[0]}) == (changes != FIXED)
+    assert (
+        "l_variance"
+        in {**model.sums.sums, **model.task.terms(model.net_g, model.task.draw(model.batch, [0, 1, 2, 3]))[0]}
+    ) == (changes != FIXED)
 
 
 def test_average_follows_the_weights():
@@ -279,7 +282,7 @@ def test_validation_losses_by_band(workplace, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     model = make({"datasets": {"val": {"gt_size": 32}}})
     data = build_dataset({**model.opt["datasets"]["val"], "phase": "val"})
-    found = model.validation_losses(Guess(), data)
+    found = model.task.validation_losses(Guess(), data)
     bands = [f"l_eps_l2_band{i}" for i in range(4)]
     members = [np.flatnonzero((model.schedule.levels[1:] * 4).astype(int).clip(max=3) == i) for i in range(4)]
     assert sum(map(len, members)) == 100 and all(map(len, members))
@@ -290,21 +293,21 @@ def test_validation_losses_by_band(workplace, monkeypatch):
     assert found["l_eps"] == pytest.approx(expected, rel=1e-6)
     assert found["bound"] > 0 and list(found) == ["l_eps", *bands, "bound"]
     torch.rand(5)
-    assert model.validation_losses(Guess(), data) == found
+    assert model.task.validation_losses(Guess(), data) == found
     model.opt["manual_seed"] = 1
-    assert model.validation_losses(Guess(), data) != found
+    assert model.task.validation_losses(Guess(), data) != found
 
 
 def test_validation_loss_of_an_image_does_not_depend_on_its_neighbours(workplace, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     model = make()
     data = build_dataset({**model.opt["datasets"]["val"], "phase": "val"})
-    whole = model.validation_losses(model.net_g, data)
+    whole = model.task.validation_losses(model.net_g, data)
     single = []
     names = data.names
     for name in names:
         data.names = [name]
-        single.append(model.validation_losses(model.net_g, data)["l_eps"])
+        single.append(model.task.validation_losses(model.net_g, data)["l_eps"])
     assert whole["l_eps"] == pytest.approx(np.mean(single), rel=1e-5)
 
 
@@ -312,21 +315,21 @@ def test_a_band_without_time_steps_is_left_out(workplace, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     model = make({"diffusion": {"timesteps": 10, "start": 1e-3, "end": 1e-2}})  # ends at a level of 0.97
     data = build_dataset({**model.opt["datasets"]["val"], "phase": "val"})
-    found = model.validation_losses(model.net_g, data)
+    found = model.task.validation_losses(model.net_g, data)
     assert [k for k in found if "band" in k] == ["l_eps_l2_band3"] and found["l_eps"] == found["l_eps_l2_band3"]
 
 
 def test_samples_depend_on_seed_and_number_alone():
     model = make()
     torch.nn.init.normal_(model.net_g.out[2].weight, std=0.02)
-    three = model.samples(model.net_g.eval(), 3)
+    three = model.task.samples(model.net_g.eval(), 3)
     assert three.shape == (3, 3, 16, 16) and 0 <= three.min() < three.max() <= 1
     torch.rand(5)
-    torch.testing.assert_close(model.samples(model.net_g, 1)[0], three[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.task.samples(model.net_g, 1)[0], three[0], rtol=1e-4, atol=1e-5)
     assert (three[0] - three[1]).abs().max() > 0.1
     for sampler in ("ddpm", "dpmpp_2m_sde", "heun"):
         other = make({"val": {"sampling": {"sampler": sampler}}})
-        assert other.samples(model.net_g, 1).isfinite().all()
+        assert other.task.samples(model.net_g, 1).isfinite().all()
 
 
 # The tools

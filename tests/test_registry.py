@@ -44,6 +44,9 @@ for r, names in ((ARCH_REGISTRY, ("UCDIR", "UCDIRDenoiser", "SIDUNet")), (LOSS_R
                  (DATASET_REGISTRY, ("JPEGDataset", "PairedRestorationDataset")), (MODEL_REGISTRY, ("UCDIRModel",))):
     for name in names:
         assert name in r, name
+assert "mmengine.runner" not in sys.modules and "ucdir_plugin.mm.models" not in sys.modules  # it takes a while
+from mmengine.registry import MODELS
+assert MODELS.get("ucdir_plugin.UCDIRModel").__module__ == "ucdir_plugin.mm.models"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

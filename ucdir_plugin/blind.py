@@ -12,7 +12,7 @@ import io
 import os
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -643,6 +643,47 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         about.update(weights=os.path.basename(prior.file), weights_sha256=weights.sha256_of(prior.file))
     notes = {f"prior {options.prior}: {name}": text for name, text in prior.notes.items()}
     return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about, notes)
+
+
+class RestoredSample(NamedTuple):
+    """An image of a data set.
+
+    Attributes:
+        initial: the first stage's, or :meth:`BlindRestorer.guess`, (1, 3, h, w) in [0, 1], or None.
+        output: (1, 3, H, W) in [0, 1].
+        learned: what was found beside it.
+    """
+
+    initial: Optional[torch.Tensor]
+    output: torch.Tensor
+    learned: Learned
+
+
+def restore_sample(
+    restorer: BlindRestorer, lq: torch.Tensor, keys: Sequence[str], known: Optional[torch.Tensor] = None
+) -> RestoredSample:
+    """Restore one image of a data set.
+
+    Args:
+        lq: (1, 3, h, w) in [0, 1].
+        keys: its relative path.
+        known: 0 in holes; else the mask that the options name.
+
+    Raises:
+        ImageError: if this image cannot be restored.
+    """
+    try:
+        (key,) = keys
+        more, of_file = restorer.companions(key, tuple(lq.shape[-2:]))
+        known = of_file if known is None else known
+        first = restorer.first_stage(key, lq)
+        result = restorer.solve([lq, *more], keys, known=known, first=first)
+    except UserError as err:
+        raise ImageError(str(err)) from err
+    if result.failed[0] is not None:
+        raise ImageError(result.failed[0])
+    initial = first if first is not None else restorer.guess(lq, known)
+    return RestoredSample(initial, (result.image + 1) / 2, learned_of(result, 0))
 
 
 def _method(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> zero_shot.Method:

@@ -1,4 +1,5 @@
-"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU.
+"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU,
+and one function of MMEngine.
 
 Import it before anything of BasicSR. The aliases of vanished modules are made at import, so that spawned workers have
 them too. Each patch names the fault it cures and stands aside where upstream no longer has it.
@@ -33,9 +34,11 @@ import basicsr.train
 import basicsr.utils.dist_util
 import basicsr.utils.options
 from basicsr.models.base_model import BaseModel
+from mmengine.fileio import LocalBackend
 
 from ucdir_plugin import checkpoint, weights
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.files import write_atomically
 
 _PATCHED_VERSION = "1.4.2"
 
@@ -98,12 +101,10 @@ def _load_resume_state(opt: dict) -> dict | None:
 
 
 def _get_optimizer(self: BaseModel, optim_type: str, params, lr: float, **kwargs) -> torch.optim.Optimizer:
-    """Upstream knows only Adam: take any optimizer of ``torch.optim``."""
-    cls = getattr(torch.optim, optim_type, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type)]
-        raise UserError(f"there is no optimizer {optim_type!r} in torch.optim; {did_you_mean(optim_type, known)}")
-    return cls(params, lr=lr, **kwargs)
+    """Upstream knows only Adam."""
+    from ucdir_plugin.training import build_optimizer  # which needs BasicSR
+
+    return build_optimizer(optim_type, params, lr, **kwargs)
 
 
 def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
@@ -116,21 +117,25 @@ def _model_to_device(self: BaseModel, net: torch.nn.Module) -> torch.nn.Module:
     return _upstream_model_to_device(self, net)
 
 
-def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
+def set_learning_rates(optimizers: list, schedulers: list, current_iter: int, warmup_iter: int = -1) -> None:
     """Upstream's warm-up overwrites the rate that a multi-step scheduler goes on from: (warmup - 1) / warmup remains.
 
     Here the warm-up factor is taken off before the scheduler's step and put on after it.
     """
-    groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group.pop("lr_without_warmup", group["lr"])
     if current_iter > 1:
-        for scheduler in self.schedulers:
+        for scheduler in schedulers:
             scheduler.step()
     if current_iter < warmup_iter:
         for group in groups:
             group["lr_without_warmup"] = group["lr"]
             group["lr"] *= current_iter / warmup_iter
+
+
+def _update_learning_rate(self: BaseModel, current_iter: int, warmup_iter: int = -1) -> None:
+    set_learning_rates(self.optimizers, self.schedulers, current_iter, warmup_iter)
 
 
 def _cosine_get_lr(self) -> list[float]:
@@ -164,6 +169,13 @@ def _model_ema(self: BaseModel, decay: float = 0.999) -> None:
     for ema, live in zip(self.net_g_ema.buffers(), self.get_bare_model(self.net_g).buffers()):
         ema.copy_(live)
 
+
+def _put(self: LocalBackend, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
+    """MMEngine 0.10 writes checkpoints in place: a kill leaves half of one under its name."""
+    write_atomically(obj, filepath)
+
+
+LocalBackend.put = _put
 
 if basicsr.__version__ == _PATCHED_VERSION and not hasattr(BaseModel, "_ucdir_plugin_patched"):
     BaseModel._ucdir_plugin_patched = True

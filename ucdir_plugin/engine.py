@@ -53,13 +53,14 @@ def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.N
     parser.add_argument("--debug", action="store_true", help="log, save and validate every few iterations")
     parser.add_argument("--force_yml", nargs="+", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML")
     parser.add_argument("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
+    parser.add_argument("--trust-config", action="store_true", help="allow MMEngine's .py files and custom_imports")
     parser.add_argument("--download", action="store_true", help="get metrics' weights that are not there")
     return parser.parse_args(argv)
 
 
 def setup(args: argparse.Namespace, is_train: bool) -> dict:
     """Options, distributed processes, paths below the working directory, seeds."""
-    opt = load_options(args.opt, args.force_yml, is_train)
+    opt = load_options(args.opt, args.force_yml, is_train, args.trust_config)
     if args.weights_dir:
         opt["val"]["weights_dir"] = args.weights_dir
     opt["val"]["download"] = args.download or opt["val"]["download"]
@@ -68,6 +69,10 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
         raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
     available = torch.cuda.device_count()
     opt["num_gpu"] = available if opt["num_gpu"] == "auto" else opt["num_gpu"]
+    if opt["engine"] == "mmengine" and opt["num_gpu"] == 0 < available:
+        raise UserError(
+            "option num_gpu: 0: MMEngine takes the GPU that it finds; hide it: CUDA_VISIBLE_DEVICES= python ..."
+        )
     if opt["num_gpu"] > available:
         raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
     if opt["dist"] and not dist.is_initialized():
@@ -145,7 +150,7 @@ def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
     return [build(f"option datasets:{p} ({d['type']})", build_dataset, d) for p, d in sets.items()]
 
 
-class _Stop:
+class Stop:
     """SIGTERM (a cluster's) and Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
@@ -207,6 +212,12 @@ class FiniteLosses:
             )
 
 
+def _mmengine() -> Any:
+    from ucdir_plugin.mm import engine as other  # which takes a while to import
+
+    return other
+
+
 def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """What a collective raises where another rank has ended, or keeps the others waiting, becomes one line."""
 
@@ -235,7 +246,11 @@ def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Calla
 @_tells_of_lost_ranks
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
+    if args.opt.endswith(".py"):
+        return _mmengine().run_config(args, is_train=True)
     opt = setup(args, is_train=True)
+    if opt["engine"] == "mmengine":
+        return _mmengine().train(opt, args)
     rank_0, seed, total = opt["rank"] == 0, opt["manual_seed"], opt["train"]["total_iter"]
     text = option_text(args.opt)
     # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
@@ -278,7 +293,7 @@ def train(args: argparse.Namespace) -> int:
     messages = MessageLogger(opt, start, tb_logger)
     on_cuda = data_opt.get("prefetch_mode") == "cuda" and model.device.type == "cuda"
     prefetcher = CUDAPrefetcher(loader, opt) if on_cuda else CPUPrefetcher(loader)
-    stop, losses = _Stop(), FiniteLosses()
+    stop, losses = Stop(), FiniteLosses()
 
     def save(iteration: int) -> None:
         if losses.bad:
@@ -288,14 +303,7 @@ def train(args: argparse.Namespace) -> int:
 
     def validation(iteration: int) -> None:
         for val_set in val_sets:
-            name = val_set.opt["name"]
-            if handles(model):
-                results = validate(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
-                if rank_0:
-                    about = {"name": opt["name"], "dataset": name, "iteration": iteration}
-                    report.write_tables(results, os.path.join(root, f"metrics_{name}"), about)
-            else:
-                own_validation(model, val_set, iteration, tb_logger, opt["val"]["save_img"])
+            validate_set(opt, model, val_set, iteration, tb_logger)
 
     iteration = start
     val_freq = opt["val"]["val_freq"]
@@ -399,7 +407,11 @@ def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> st
 @_tells_of_lost_ranks
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
+    if args.opt.endswith(".py"):
+        return _mmengine().run_config(args, is_train=False)
     opt = setup(args, is_train=False)
+    if opt["engine"] == "mmengine":
+        return _mmengine().test(opt, args)
     if "network_g" in opt:
         find_weights(opt, args.force_yml or [])
     sets = build_sets(opt, ("val", "test"))
@@ -412,8 +424,35 @@ def test(args: argparse.Namespace) -> int:
     if opt["dist"]:
         dist.barrier()
     logger = start_log(opt, "test")
-    weights, failed, lost = getattr(model, "weights", opt["path"]["pretrain_network_g"]), 0, []
-    logger.info(f"weights: {weights}, key {opt['path'].get('param_key_g')}")
+    logger.info(f"weights: {weights_of(opt, model)}, key {opt['path'].get('param_key_g')}")
+    return test_sets(opt, model, sets)
+
+
+def weights_of(opt: dict, model: Any) -> Optional[str]:
+    """The file that a model's weights are from."""
+    return getattr(model, "weights", opt["path"]["pretrain_network_g"])
+
+
+def validate_set(opt: dict, model: Any, val_set: Any, iteration: int, tb_logger: Any) -> Optional[report.Results]:
+    """Validate on a data set in training and write its table; None for a model with a validation of its own."""
+    name, save_img = val_set.opt["name"], opt["val"]["save_img"]
+    if not handles(model):
+        own_validation(model, val_set, iteration, tb_logger, save_img)
+        return None
+    results = validate(model, val_set, iteration, tb_logger, save_img)
+    if opt["rank"] == 0:
+        about = {"name": opt["name"], "dataset": name, "iteration": iteration}
+        report.write_tables(results, os.path.join(opt["path"]["experiments_root"], f"metrics_{name}"), about)
+    return results
+
+
+def test_sets(opt: dict, model: Any, sets: list[Any]) -> int:
+    """Restore and measure data sets, write pictures and tables; returns the exit code.
+
+    Raises:
+        UserError: if no image of a set could be restored.
+    """
+    weights, failed, lost = weights_of(opt, model), 0, []
     digest = sha256_of(weights) if weights else None
     # Outside of results/NAME, which the next run moves away.
     unfinished = os.path.join(os.path.dirname(opt["path"]["results_root"]), f".unfinished_{opt['name']}")

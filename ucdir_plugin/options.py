@@ -7,6 +7,7 @@ loss, metric or optimizer are checked against its signature and passed on.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -347,7 +348,25 @@ class DistOptions(_Schema):
     timeout: Optional[float] = Field(None, gt=0)
 
 
+class MMEngineOptions(_Schema):
+    """What only MMEngine has; each ``type`` is one of its registries', or of a package that has been imported."""
+
+    hooks: List[_Typed] = Field(default_factory=list)  # beside this package's
+    default_hooks: Dict[str, Optional[_Typed]] = Field(default_factory=dict)
+    visualizer: Optional[_Typed] = None
+    log_processor: Optional[Dict[str, Any]] = None
+    optim_wrapper: Optional[Dict[str, Any]] = None
+    param_scheduler: Optional[List[_Typed]] = None
+    model_wrapper: Optional[Dict[str, Any]] = None
+    strategy: Optional[_Typed] = None
+    activation_checkpointing: Optional[List[str]] = None
+    auto_scale_lr: Optional[Dict[str, Any]] = None
+    custom_imports: Optional[List[str]] = None
+
+
 class Options(_Schema):
+    engine: Literal["basicsr", "mmengine"] = "basicsr"
+    mmengine: Optional[MMEngineOptions] = None
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     model_type: str
     scale: PositiveInt = 1
@@ -578,6 +597,48 @@ def _check_bird(opt: dict, raw: Mapping[str, Any]) -> None:
     opt["scale"] = task.factor
 
 
+def _check_engine(opt: dict) -> None:
+    """What the engine cannot run, and the section ``mmengine``."""
+    if opt["engine"] == "basicsr":
+        if opt.pop("mmengine") is not None:
+            raise UserError("option mmengine has no meaning for engine: basicsr; set engine: mmengine, or remove it")
+        return
+    if opt["model_type"] not in _KNOWN_MODELS:
+        known = ", ".join(sorted(_KNOWN_MODELS))
+        raise UserError(f"engine: mmengine runs {known}; {opt['model_type']} is a loop of BasicSR: remove engine")
+    opt["mmengine"] = opt["mmengine"] or MMEngineOptions().model_dump()
+    own, train = opt["mmengine"], opt.get("train") or {}
+    if any(own.values()):
+        from ucdir_plugin.mm.settings import check_settings  # it needs MMEngine's runner
+
+        check_settings(own)
+    if own["optim_wrapper"]:
+        for key, instead in (("accumulate", "accumulative_counts"), ("amp", "its own precision")):
+            if train.get(key) not in (None, 1):
+                raise UserError(f"option train:{key} has no meaning for mmengine:optim_wrapper, which has {instead}")
+    if own["param_scheduler"] and (train.get("scheduler") or train.get("warmup_iter", -1) > 0):
+        raise UserError("option mmengine:param_scheduler: remove train:scheduler and train:warmup_iter")
+
+
+def import_custom(raw: Mapping[str, Any], trust: bool) -> None:
+    """Import the packages that ``mmengine: custom_imports`` names.
+
+    Raises:
+        UserError: if the options are not trusted, or one cannot be imported.
+    """
+    section = raw.get("mmengine")
+    for name in (section.get("custom_imports") or ()) if isinstance(section, dict) else ():
+        if not trust:
+            raise UserError(
+                f"option mmengine:custom_imports runs the code of {name!r}; if you trust it, add --trust-config"
+                " (tools/train.py, tools/test.py)"
+            )
+        try:
+            importlib.import_module(str(name))
+        except Exception as err:  # whatever the module does
+            raise UserError(f"option mmengine:custom_imports: {name}: {type(err).__name__}: {err}") from err
+
+
 def _merge(given: Mapping, checked: Mapping) -> dict:
     """The checked values and defaults, and beside them what a foreign model or dataset has of its own."""
     merged = dict(given)
@@ -651,6 +712,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                     fault = "is missing" if missing else f"is for BIRDModel, not for {opt['model_type']}"
                     raise UserError(f"option {key} {fault}")
             del opt["bird"]
+        _check_engine(opt)
         for key, cfg in opt.items():
             if key.startswith("network_"):
                 check_registered("arch", cfg, key)
@@ -828,12 +890,16 @@ def option_text(path: str) -> str:
     return f"# {path} on top of its _base_\n{yaml.safe_dump(read_options(path), sort_keys=False)}"
 
 
-def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True) -> dict:
+def load_options(path: str, overrides: Optional[List[str]] = None, is_train: bool = True, trust: bool = False) -> dict:
     """Read, override and check an option file; its ``_base_`` is the option file that it changes.
+
+    Args:
+        trust: whether it may import packages.
 
     Raises:
         UserError: if it is missing, no plain YAML, or has a fault.
     """
     raw = read_options(path)
     apply_overrides(raw, overrides)
+    import_custom(raw, trust)
     return check_options(raw, is_train, os.path.basename(path))

@@ -25,9 +25,21 @@ from basicsr.utils.registry import (
 from ucdir_plugin.errors import UserError, did_you_mean
 
 SCOPE = "ucdir_plugin"
-MODELS = mm.Registry("model", parent=mm.MODELS, scope=SCOPE)
-DATASETS = mm.Registry("dataset", parent=mm.DATASETS, scope=SCOPE)
-METRICS = mm.Registry("metric", parent=mm.METRICS, scope=SCOPE)
+
+
+def _scoped(root: mm.Registry, module: str) -> mm.Registry:
+    """A registry of ours below MMEngine's; ``module`` is imported when something is first built from it."""
+    return mm.Registry(root.name, parent=root, scope=SCOPE, locations=[f"ucdir_plugin.mm.{module}"])
+
+
+MODELS = _scoped(mm.MODELS, "models")
+DATASETS = _scoped(mm.DATASETS, "data")
+DATA_SAMPLERS = _scoped(mm.DATA_SAMPLERS, "data")
+METRICS = _scoped(mm.METRICS, "metrics")
+HOOKS = _scoped(mm.HOOKS, "hooks")
+LOOPS = _scoped(mm.LOOPS, "loops")
+OPTIM_WRAPPERS = _scoped(mm.OPTIM_WRAPPERS, "optim")
+OPTIM_WRAPPER_CONSTRUCTORS = _scoped(mm.OPTIM_WRAPPER_CONSTRUCTORS, "optim")
 
 BASICSR = {
     "arch": ARCH_REGISTRY,
@@ -36,14 +48,40 @@ BASICSR = {
     "metric": METRIC_REGISTRY,
     "model": MODEL_REGISTRY,
 }
-# A BasicSR model is a training loop and its metrics are functions: MMEngine has other interfaces for both (mm/).
-_MMENGINE = {"arch": MODELS, "loss": MODELS, "dataset": DATASETS}
+# A BasicSR model is a training loop: mm/models.py has MMEngine's. Its metrics are functions: see _as_metric.
+_MMENGINE = {"arch": MODELS, "loss": MODELS, "dataset": DATASETS, "metric": METRICS}
 
 T = TypeVar("T")
 
 
 def _identity(obj: Any) -> tuple[str, str]:
     return obj.__module__, obj.__qualname__
+
+
+def _as_metric(name: str) -> Callable[..., Any]:
+    """A metric of images as one of MMEngine's; its arguments are those of the function, which are checked."""
+
+    def build(**arguments: Any) -> Any:
+        from ucdir_plugin.mm.metrics import RestorationMetrics
+
+        return RestorationMetrics({name.removeprefix("calculate_"): {"type": name, **arguments}})
+
+    return build
+
+
+def _in_mmengine(kind: str, name: str, prefix: str) -> Any:
+    """What MMEngine's registries hold as ``scope.Name`` or, in its own, as ``Name``; nothing is imported for it."""
+    registry = {"arch": mm.MODELS, "loss": mm.MODELS, "dataset": mm.DATASETS}.get(kind)
+    scope, _, own = name.rpartition(".")
+    if registry is None or (scope and scope not in registry.children and scope != registry.scope):
+        if scope:
+            known = [] if registry is None else [registry.scope, *registry.children]
+            raise UserError(
+                f"{prefix}{name!r}: there is no scope {scope!r} among the packages that have been imported;"
+                f" {did_you_mean(scope, known)} (others: mmengine:custom_imports)"
+            )
+        return None
+    return registry.children.get(scope, registry).module_dict.get(own)
 
 
 def register(kind: str) -> Callable[[T], T]:
@@ -63,7 +101,8 @@ def register(kind: str) -> Callable[[T], T]:
             raise UserError(f"{kind} {name!r} of {obj.__module__} is already registered by {present.__module__}")
         basicsr_registry._obj_map[name] = obj
         if kind in _MMENGINE:
-            _MMENGINE[kind].register_module(name=name, module=obj, force=True)
+            module = _as_metric(name) if kind == "metric" else obj
+            _MMENGINE[kind].register_module(name=name, module=module, force=True)
         return obj
 
     return decorate
@@ -75,15 +114,17 @@ def names(kind: str) -> list[str]:
 
 
 def lookup(kind: str, name: str, where: str = "") -> Any:
-    """The class or function registered as ``name``.
+    """The class or function registered as ``name`` in BasicSR, else in MMEngine (``scope.Name``, or its own).
 
     Raises:
-        UserError: for an unknown name, with the nearest known ones; ``where`` names the option.
+        UserError: for an unknown name or scope, with the nearest known ones; ``where`` names the option.
     """
     registry: Registry = BASICSR[kind]
     found = registry._obj_map.get(name, registry._obj_map.get(f"{name}_basicsr"))
+    prefix = f"{where}: " if where else ""
     if found is None:
-        prefix = f"{where}: " if where else ""
+        found = _in_mmengine(kind, name, prefix)
+    if found is None:
         raise UserError(f"{prefix}there is no {kind} {name!r}; {did_you_mean(name, names(kind))}")
     return found
 

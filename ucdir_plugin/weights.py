@@ -172,6 +172,15 @@ def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str
     net.load_state_dict(fitting_state_dict(net, state, path, strict), strict=False)
 
 
+def _of_mmengine(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of a model of mm/ under BasicSR's keys; those of any other model as they are."""
+    found = {
+        key: {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
+        for key, prefix in (("params", "net_g."), ("params_ema", "net_g_ema."))
+    }
+    return {key: values for key, values in found.items() if values} or state
+
+
 def choose_state(content: Any, path: str, param_key: str | None = "params") -> tuple[Any, str | None]:
     """The state dict in a checkpoint's content, and its key: ``param_key``, else 'params', else the content itself.
 
@@ -180,8 +189,21 @@ def choose_state(content: Any, path: str, param_key: str | None = "params") -> t
     """
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path} holds no weights: a mapping of names to tensors is expected")
+    if isinstance(content.get("state_dict"), Mapping):
+        content = _of_mmengine(content["state_dict"])
     used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
     return (content if used is None else content[used]), used
+
+
+def load_into(net: nn.Module, path: str, strict: bool = True, param_key: str | None = "params") -> str | None:
+    """Load a checkpoint into ``net``; returns the key that it took (:func:`choose_state`).
+
+    Raises:
+        UserError: if it cannot be read or does not fit.
+    """
+    state, used = choose_state(read_checkpoint(path), path, param_key)
+    load_state_dict(net, state, path, strict)
+    return used
 
 
 def load_network(self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params") -> None:
@@ -191,9 +213,18 @@ def load_network(self, net: nn.Module, load_path: str, strict: bool = True, para
     """
     from basicsr.utils import get_root_logger
 
-    state, used = choose_state(read_checkpoint(load_path), load_path, param_key)
-    get_root_logger().info(f"Loading {type(self.get_bare_model(net)).__name__} from {load_path}, key {used}.")
-    load_state_dict(self.get_bare_model(net), state, load_path, strict)
+    net = self.get_bare_model(net)
+    used = load_into(net, load_path, strict, param_key)
+    get_root_logger().info(f"Loaded {type(net).__name__} from {load_path}, key {used}.")
+
+
+def numbered(folder: str, prefix: str) -> dict[int, str]:
+    """Iteration -> path of the checkpoints ``PREFIX<iteration>.pth`` in a folder."""
+    return {
+        int(stem): file
+        for file in glob.glob(os.path.join(glob.escape(folder), f"{prefix}*.pth"))
+        if (stem := os.path.basename(file)[len(prefix) : -len(".pth")]).isdigit()
+    }
 
 
 def find_weights(opt: dict, forced: list[str]) -> None:
@@ -207,12 +238,9 @@ def find_weights(opt: dict, forced: list[str]) -> None:
     path = opt["path"]
     if any(entry.startswith("path:pretrain_network_g=") for entry in forced):
         return
-    models = os.path.join(opt["root_path"], "experiments", opt["name"], "models")
-    found = {
-        int(stem): file
-        for file in glob.glob(os.path.join(glob.escape(models), "net_g_*.pth"))
-        if (stem := os.path.basename(file)[len("net_g_") : -len(".pth")]).isdigit()
-    }
+    root = os.path.join(opt["root_path"], "experiments", opt["name"])
+    models = os.path.join(root, "models")
+    found = {**numbered(models, "net_g_"), **numbered(root, "iter_")}  # the latter: MMEngine's
     if found and opt.get("train"):
         path.update(pretrain_network_g=found[max(found)], param_key_g="params_ema")
     if not path.get("pretrain_network_g"):

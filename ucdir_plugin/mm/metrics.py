@@ -11,6 +11,7 @@ from mmengine.evaluator import BaseMetric
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.options import check_metric
 from ucdir_plugin.registry import METRICS
+from ucdir_plugin.report import Results
 
 _STAGES = {"lq": "input", "initial": "initial", "output": "restored"}
 
@@ -64,9 +65,14 @@ class RestorationMetrics(BaseMetric):
         whole = self._evaluation.empty()
         whole.merge(results)
         self.measured = whole.results()
-        return {
-            name if stage == "restored" else f"{stage}/{name}": value
-            for stage, values in self.measured.summary().items()
-            for name, value in values.items()
-            if value is not None
-        }
+        return flat(self.measured)
+
+
+def flat(results: Results) -> Dict[str, float]:
+    """Means, FID and KID under their names; of other stages than the result as ``input/NAME``."""
+    return {
+        name if stage == "restored" else f"{stage}/{name}": value
+        for stage, values in results.summary().items()
+        for name, value in values.items()
+        if value is not None
+    }

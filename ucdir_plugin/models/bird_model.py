@@ -8,7 +8,7 @@ from typing import Any
 from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 
-from ucdir_plugin.errors import ImageError, UserError
+from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
 
 
@@ -46,22 +46,9 @@ class BIRDModel(SRModel):
         Raises:
             ImageError: if this image cannot be restored.
         """
-        from ucdir_plugin.blind import learned_of
+        from ucdir_plugin.blind import restore_sample
 
-        work = self.restorer
-        try:
-            (key,) = self.keys
-            more, known = work.companions(key, tuple(self.lq.shape[-2:]))
-            known = known if self.known is None else self.known
-            first = work.first_stage(key, self.lq)
-            result = work.solve([self.lq, *more], self.keys, known=known, first=first)
-        except UserError as err:
-            raise ImageError(str(err)) from err
-        if result.failed[0] is not None:
-            raise ImageError(result.failed[0])
-        self.initial = first if first is not None else work.guess(self.lq, known)
-        self.output = (result.image + 1) / 2
-        self.learned = learned_of(result, 0)
+        self.initial, self.output, self.learned = restore_sample(self.restorer, self.lq, self.keys, self.known)
 
     def get_current_visuals(self) -> OrderedDict:
         visuals = super().get_current_visuals()

@@ -1,74 +1,40 @@
-"""What training a diffusion network takes under BasicSR, whatever it restores or generates."""
+"""A diffusion task under BasicSR, whatever it restores or generates."""
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any, Callable, Optional
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from basicsr.losses import build_loss
+from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ucdir_plugin import sampling
-from ucdir_plugin.diffusion.noise import generator
-from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError
-
-BANDS = 4
-"""The error of the noise is logged by noise level sqrt(alpha_bar): [0, 1/4), ... [3/4, 1]."""
+from ucdir_plugin.training import DiffusionTask, LossSums, parts_of, update_average
 
 
-def training_noise(
-    schedule: NoiseSchedule,
-    numbers: list[int],
-    shape: tuple[int, ...],
-    seed: int,
-    draw: Callable[[NoiseSchedule, torch.Generator], float] = NoiseSchedule.sample_level,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise level (B,) and noise (B, *shape) of training samples, each a function of the seed and its sample number.
+class DiffusionModel(SRModel):
+    """Steps, averages, logs and exact resume of a task's network; a subclass says which task, and what it tests.
 
-    Args:
-        draw: from the schedule, how noisy a sample is: a level, or a time step.
-    """
-    levels, noises = [], []
-    for number in numbers:
-        stream = generator(seed, "train", number)
-        levels.append(draw(schedule, stream))
-        noises.append(torch.randn(shape, generator=stream))
-    return torch.tensor(levels, dtype=torch.float32), torch.stack(noises)
-
-
-class DiffusionModel(SRModel, ABC):
-    """Steps, averages, faults, logs and exact resume of a diffusion network; subclasses say what a sample is.
-
-    A subclass sets ``net_g``, ``schedule`` and, in ``feed_data``, ``sample_numbers`` (None under BasicSR's own loop).
+    In ``feed_data`` a subclass calls :meth:`take`.
     """
 
-    # What a subclass says
+    task_class: ClassVar[type[DiffusionTask]]
 
-    @abstractmethod
-    def draw(self, numbers: list[int]) -> dict[str, Optional[torch.Tensor]]:
-        """What the fed batch trains with: tensors of one row each sample, on the device; ``noise_level`` (B,) is one.
-
-        Args:
-            numbers: of the samples; everything random is a function of the seed and these.
-        """
-
-    @abstractmethod
-    def terms(self, part: dict[str, Optional[torch.Tensor]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Losses of some rows of :meth:`draw`'s result, by name; their sum is minimised. And each row's error (B,)."""
-
-    band_log = "l_eps_l1_band"
-    """Under this name, and the band's number, the rows' errors are logged."""
-
-    # What all have
+    def __init__(self, opt: dict):
+        BaseModel.__init__(self, opt)
+        self.task = self.task_class(opt, self.device)
+        self.schedule, self.sampling = self.task.schedule, self.task.sampling
+        net = self.task.network()
+        self.net_g = self.model_to_device(self.task.compiled(net))
+        self.print_network(self.net_g)
+        self.task.load_first(self.get_bare_model(self.net_g), self.load_network)
+        if self.is_train:
+            self.init_training_settings()
 
     def init_training_settings(self) -> None:
         """Averages, losses, mixed precision, optimizers: what ``opt['train']`` asks for.
@@ -77,69 +43,36 @@ class DiffusionModel(SRModel, ABC):
             UserError: for what this device or this network cannot do.
         """
         train = self.opt["train"]
-        self._train_mode(self.net_g)
+        bare = self.get_bare_model(self.net_g)
+        self.net_g.train()
+        self.task.train_mode(bare)
         self.ema_decay, self.ema_start = train.get("ema_decay", 0), train.get("ema_start", 0)
         if self.ema_decay > 0:
-            self.net_g_ema = self._compiled(deepcopy(self.get_bare_model(self.net_g))).eval().requires_grad_(False)
+            self.net_g_ema = self.task.compiled(deepcopy(bare)).eval().requires_grad_(False)
             pretrained = self.opt["path"].get("pretrain_network_g")
             if pretrained:
                 self.load_network(self.net_g_ema, pretrained, self.opt["path"].get("strict_load_g", True), "params_ema")
-        self.init_losses()
-        amp = train.get("amp")
-        if amp and isinstance(self.net_g, DataParallel):
+        self.task.prepare_training()
+        if train.get("amp") and isinstance(self.net_g, DataParallel):
             raise UserError("option train:amp: several GPUs in one process lose it; use torchrun, one process a GPU")
-        self.amp_dtype = sampling.amp_dtype(self.device, amp, "option train:amp")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.bad_steps = self.bad_steps_in_a_row = 0
         self.setup_optimizers()
+        self.stepper = self.task.stepper(self.optimizer_g)
         if train.get("scheduler"):
             self.setup_schedulers()
-        self._reset_log()
-
-    def init_losses(self) -> None:
-        self.cri_diffusion = build_loss(self.opt["train"]["diffusion_opt"]).to(self.device)
-        # A loss of BasicSR may be used too; most do not know of noise levels.
-        self.with_level = "noise_level" in inspect.signature(self.cri_diffusion.forward).parameters
-
-    def _load_pretrained(self) -> bool:
-        """Weights to start from or go on with; returns whether there are some."""
-        path = self.opt["path"]
-        pretrained = path.get("pretrain_network_g")
-        if pretrained:
-            strict, key = path.get("strict_load_g", True), path.get("param_key_g", "params")
-            self.load_network(self.net_g, pretrained, strict, key)
-        return bool(pretrained)
-
-    def _compiled(self, net: torch.nn.Module) -> torch.nn.Module:
-        if self.opt.get("compile"):
-            getattr(net, "compile_networks", net.compile)()
-        return net
-
-    def _autocast(self, dtype: Optional[torch.dtype]) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-    def _train_mode(self, net: torch.nn.Module, training: bool = True) -> None:
-        net.train(training)
+        self.sums = LossSums(self.task.band_log)
 
     def setup_optimizers(self) -> None:
-        optim = dict(self.opt["train"]["optim_g"])
-        self.optimizer_g = self.get_optimizer(optim.pop("type"), self.trained_parameters(), **optim)
+        self.optimizer_g = self.task.optimizer(self.get_bare_model(self.net_g))
         self.optimizers.append(self.optimizer_g)
 
-    def trained_parameters(self) -> list:
-        """Parameters, or groups of them."""
-        return [p for p in self.net_g.parameters() if p.requires_grad]
+    def net_to_use(self) -> torch.nn.Module:
+        """The averaged network if there is one; without any parallel wrapper."""
+        return self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
 
-    def get_optimizer(self, optim_type: str, params: list, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
-        """BasicSR's; Adam and AdamW in their fused form unless the options say otherwise."""
-        if optim_type in ("Adam", "AdamW") and not kwargs.get("foreach"):
-            kwargs.setdefault("fused", True)
-        return super().get_optimizer(optim_type, params, lr, **kwargs)
-
-    def noise_loss(self, eps: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """``train: diffusion_opt`` of predicted and true noise (B, C, H, W) at noise levels (B,), a scalar."""
-        extra = {"noise_level": level} if self.with_level else {}
-        return self.cri_diffusion(eps, noise, **extra)
+    def take(self, data: dict[str, Any]) -> None:
+        """A batch of the data loader: sets ``batch``, and its samples' ``numbers`` (None under BasicSR's loop)."""
+        self.batch = self.task.batch(data)
+        self.numbers = data["sample_number"].tolist() if "sample_number" in data else None
 
     def optimize_parameters(self, current_iter: int) -> None:
         """One step; a step whose loss or gradient is not finite changes nothing and is counted.
@@ -148,119 +81,48 @@ class DiffusionModel(SRModel, ABC):
             UserError: after ``max_bad_steps`` such steps in a row.
         """
         train = self.opt["train"]
-        batch = len(self.gt)
-        numbers = self.sample_numbers
+        size = len(self.batch["gt"])
+        numbers = self.numbers
         if numbers is None:  # under BasicSR's own loop
-            first = ((current_iter - 1) * self.opt["world_size"] + self.opt["rank"]) * batch
-            numbers = list(range(first, first + batch))
-        drawn = self.draw(numbers)
-        parts = min(train.get("accumulate", 1), batch)
-
+            first = ((current_iter - 1) * self.opt["world_size"] + self.opt["rank"]) * size
+            numbers = list(range(first, first + size))
+        drawn = self.task.draw(self.batch, numbers)
         self.optimizer_g.zero_grad(set_to_none=True)
         losses: dict[str, torch.Tensor] = {}
         errors = []
-        for i, chunk in enumerate(torch.arange(batch).tensor_split(parts)):
-            rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            share = len(chunk) / batch
+        for rows in parts_of(size, train.get("accumulate", 1)):
+            share = (rows.stop - rows.start) / size
             # DDP needs to exchange gradients only with the last part's.
-            waits = i < parts - 1 and isinstance(self.net_g, DistributedDataParallel)
+            waits = rows.stop < size and isinstance(self.net_g, DistributedDataParallel)
             with self.net_g.no_sync() if waits else nullcontext():
                 part = {name: None if value is None else value[rows] for name, value in drawn.items()}
-                terms, error = self.terms(part)
-                self.scaler.scale(sum(terms.values()) * share).backward()
+                terms, error = self.task.terms(self.net_g, part)
+                self.stepper.backward(sum(terms.values()) * share)
             errors.append(error)
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + term.detach() * share
-
-        self.scaler.unscale_(self.optimizer_g)
-        norm = torch.nn.utils.clip_grad_norm_(self.net_g.parameters(), train.get("grad_clip") or float("inf"))
-        # Gradients are the same on all ranks, and not finite where any rank's loss is not: all take the same way here.
-        if torch.isfinite(norm):
-            self.scaler.step(self.optimizer_g)
-            self.bad_steps_in_a_row = 0
-            self._update_log(losses, drawn["noise_level"], torch.cat(errors))
+        if self.stepper.step(current_iter, sum(losses.values()), get_root_logger()):
+            self.sums.add(losses, drawn["noise_level"], torch.cat(errors))
             if self.ema_decay > 0:
-                self._update_ema(current_iter)
-        elif self.scaler.get_scale() <= 1:  # above 1, in fp16 only, it is an overflow that a lower scale cures
-            self._count_bad_step(current_iter, float(sum(losses.values())))
-        self.scaler.update()
-
-    def _count_bad_step(self, current_iter: int, loss: float) -> None:
-        self.bad_steps += 1
-        self.bad_steps_in_a_row += 1
-        logger = get_root_logger()
-        logger.warning(
-            f"iteration {current_iter}: loss {loss} or its gradient is not finite; step skipped ({self.bad_steps})"
-        )
-        if self.bad_steps_in_a_row >= self.opt["train"].get("max_bad_steps", 10):
-            raise UserError(
-                f"training stopped at iteration {current_iter}: {self.bad_steps_in_a_row} steps in a row without"
-                " a finite loss; the last checkpoint is kept. Lower the learning rate, set grad_clip, or check the data"
-            )
-
-    @torch.no_grad()
-    def _update_ema(self, current_iter: int) -> None:
-        """A copy until ``ema_start``; then the decay is ramped up, so that short runs validate something."""
-        updates = current_iter - self.ema_start
-        decay = min(self.ema_decay, (1 + updates) / (10 + updates)) if updates > 0 else 0.0
-        live = self.get_bare_model(self.net_g)
-        averaged, current = list(self.net_g_ema.parameters()), list(live.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-        for ema, buffer in zip(self.net_g_ema.buffers(), live.buffers()):
-            ema.copy_(buffer)
-
-    # Logging: sums on the device, read once per print
-
-    def _reset_log(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def _update_log(self, losses: dict, levels: torch.Tensor, errors: torch.Tensor) -> None:
-        def add(name: str, value: torch.Tensor, count: torch.Tensor) -> None:
-            pair = torch.stack((value.float(), count.float()))
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-        for name, value in losses.items():
-            add(name, value, torch.ones_like(value))
-        band = (levels * BANDS).long().clamp(max=BANDS - 1)
-        for i in range(BANDS):
-            mask = (band == i).float()
-            add(f"{self.band_log}{i}", (errors * mask).sum(), mask.sum())
+                live = self.get_bare_model(self.net_g)
+                update_average(self.net_g_ema, live, current_iter, self.ema_start, self.ema_decay)
 
     def get_current_log(self) -> OrderedDict:
         """Losses averaged since the last call, over all ranks; a band without samples is left out."""
-        names = list(self._sums)
-        log: OrderedDict = OrderedDict()
-        if names:
-            sums = torch.stack([self._sums[name] for name in names])
-            if self.opt["dist"]:
-                dist.all_reduce(sums)
-            log.update((n, s / c) for n, (s, c) in zip(names, sums.tolist()) if c)
-        self._reset_log()
-        return log
+        return self.sums.read(self.opt["dist"])
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Save networks and training state; to be called on all ranks."""
-        if self.opt["dist"] and self._sums:  # rank 0 writes the sums of all
-            sums = torch.stack(list(self._sums.values()))
-            dist.all_reduce(sums)
-            self._sums = dict(zip(self._sums, sums * (self.opt["rank"] == 0)))
+        if self.opt["dist"]:
+            self.sums.gather(self.opt["rank"])
         super().save(epoch, current_iter)
 
     def extra_state(self) -> dict[str, Any]:
         """What a training state holds besides BasicSR's own entries."""
-        return {
-            "bad_steps": self.bad_steps,
-            "bad_steps_in_a_row": self.bad_steps_in_a_row,
-            "scaler": self.scaler.state_dict(),
-            "log": {name: pair.tolist() for name, pair in self._sums.items()},
-        }
+        return {**self.stepper.state_dict(), "log": self.sums.state_dict()}
 
     def resume_training(self, resume_state: dict) -> None:
         super().resume_training(resume_state)
         extra = resume_state.get("extra", {})
-        self.bad_steps = extra.get("bad_steps", 0)
-        self.bad_steps_in_a_row = extra.get("bad_steps_in_a_row", 0)
-        mine = float(self.opt["rank"] == 0)
-        self._sums = {n: torch.tensor(pair, device=self.device) * mine for n, pair in extra.get("log", {}).items()}
-        if extra.get("scaler"):
-            self.scaler.load_state_dict(extra["scaler"])
+        self.stepper.load_state_dict(extra)
+        self.sums.load_state_dict(extra.get("log", {}), self.opt["rank"], self.device)

@@ -1,0 +1,209 @@
+"""The diffusion tasks, and BIR-D, as models of MMEngine: modes loss, predict and tensor."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import get_dist_info
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from torch.utils.data import default_collate
+
+from ucdir_plugin import blind, weights
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.prior_task import PriorTask
+from ucdir_plugin.registry import MODELS
+from ucdir_plugin.training import Batch, DiffusionTask, unsigned
+from ucdir_plugin.ucdir_task import UCDIRTask
+
+Sample = Dict[str, Any]
+"""``key`` (its name), ``output``, and where they are known ``initial``, ``lq``, ``gt``: (3, H, W) in [0, 1]."""
+
+
+def _collated(data: Union[Mapping, Sequence]) -> Mapping[str, Any]:
+    """A batch as torch's default collate function makes it, also of MMEngine's lists."""
+    if isinstance(data, Mapping):
+        return {key: _collated(value) if isinstance(value, (Mapping, list)) else value for key, value in data.items()}
+    return default_collate(list(data))
+
+
+def _keys(data: Mapping[str, Any], count: int) -> List[str]:
+    return list(data["key"]) if "key" in data else [str(p) for p in data.get("lq_path", [""] * count)]
+
+
+class DiffusionPreprocessor(BaseDataPreprocessor):
+    """Batches to the device, and from [0, 1] to the [-1, 1] of diffusion, as the task does under BasicSR too."""
+
+    def __init__(self, task: DiffusionTask):
+        super().__init__()
+        self.task = task
+
+    def forward(self, data: Union[Mapping, Sequence], training: bool = False) -> Dict[str, Any]:
+        """A batch of images in [0, 1], with their ``sample_number`` (training) or ``key``, for the model's forward."""
+        data = _collated(data)
+        inputs = self.task.batch(data)
+        if not training:
+            size = len(inputs["lq"] if "lq" in inputs else inputs["gt"])
+            return {"inputs": inputs, "samples": _keys(data, size)}
+        if "sample_number" not in data:
+            raise UserError(
+                "the batch has no sample_number, of which noise is a function: use the sampler"
+                " ucdir_plugin.KeyedSampler and the dataset ucdir_plugin.BasicSRDataset"
+            )
+        return {"inputs": inputs, "samples": data["sample_number"].tolist()}
+
+
+class DiffusionModel(BaseModel):
+    """A task's network, and its average, as a model of MMEngine.
+
+    Args:
+        opt: what an option file says, complete or not: ``network_g``, ``diffusion``, ``train: diffusion_opt, ...``,
+            ``val: sampling``, ``path: pretrain_network_g, ...``, ``manual_seed``, ``compile``.
+
+    Attributes:
+        net_g, net_g_ema: the network and, with ``train: ema_decay``, its average, which predicts.
+        seen: losses, noise levels and errors of the batches since the hooks last took them.
+
+    Raises:
+        UserError: for options that do not go together.
+    """
+
+    task_class: ClassVar[type]
+
+    def __init__(self, opt: Dict[str, Any]):
+        opt = deepcopy(opt.to_dict() if hasattr(opt, "to_dict") else opt)
+        rank, world = get_dist_info()
+        opt = {"rank": rank, "world_size": world, "dist": world > 1, "is_train": bool(opt.get("train")), **opt}
+        task = self.task_class(opt, torch.device(get_device()))
+        super().__init__(data_preprocessor=DiffusionPreprocessor(task))
+        self.task, self.seen = task, []
+        self.net_g = task.compiled(task.network())
+        task.load_first(self.net_g, weights.load_into)
+        if opt["is_train"]:
+            if opt["train"].get("ema_decay"):
+                self.net_g_ema = task.compiled(deepcopy(self.net_g)).eval().requires_grad_(False)
+                path = opt.get("path") or {}
+                if path.get("pretrain_network_g"):
+                    strict = path.get("strict_load_g", True)
+                    weights.load_into(self.net_g_ema, path["pretrain_network_g"], strict, "params_ema")
+            task.prepare_training()
+        self.train(opt["is_train"])
+
+    @property
+    def net(self) -> torch.nn.Module:
+        """The averaged network if there is one."""
+        return getattr(self, "net_g_ema", self.net_g)
+
+    def init_weights(self) -> None:
+        """Nothing: networks initialise themselves, and weights may be loaded by now."""
+
+    def train(self, mode: bool = True) -> DiffusionModel:
+        super().train(mode)
+        self.task.train_mode(self.net_g, mode)
+        self.net.train(mode and self.net is self.net_g)
+        if mode and self.net is self.net_g:
+            self.task.train_mode(self.net_g)
+        return self
+
+    def forward(self, inputs: Batch, samples: Optional[list] = None, mode: str = "tensor") -> Any:
+        """
+        Args:
+            inputs: as the preprocessor makes them, images in [-1, 1].
+            samples: their numbers (loss) or keys (predict, tensor).
+            mode: loss: losses by name; predict: a :data:`Sample` of each; tensor: what the network makes, in [-1, 1].
+
+        Raises:
+            ValueError: for another mode.
+        """
+        if mode == "loss":
+            drawn = self.task.draw(inputs, samples)
+            terms, errors = self.task.terms(self.net_g, drawn)
+            self.seen.append(({k: v.detach() for k, v in terms.items()}, drawn["noise_level"], errors))
+            return {f"loss_{name.removeprefix('l_')}": term for name, term in terms.items()}
+        if mode not in ("predict", "tensor"):
+            raise ValueError(f"mode {mode!r}: loss, predict or tensor")
+        return self.predict(inputs, samples) if mode == "predict" else self.tensor(inputs, samples)
+
+    def predict(self, inputs: Batch, keys: List[str]) -> List[Sample]:
+        raise NotImplementedError
+
+    def tensor(self, inputs: Batch, keys: Optional[List[str]]) -> Any:
+        raise NotImplementedError
+
+
+@MODELS.register_module()
+class UCDIRModel(DiffusionModel):
+    """UCDIR: a :class:`~ucdir_plugin.ucdir_task.UCDIRTask` under MMEngine; arguments as of :class:`DiffusionModel`."""
+
+    task_class = UCDIRTask
+
+    def predict(self, inputs: Batch, keys: List[str]) -> List[Sample]:
+        """Each image restored; its noise is a function of the seed and its key."""
+        initial, output = self.tensor(inputs, keys)
+        images = {"output": output, "lq": inputs["lq"]}
+        if self.task.has_predictor:
+            images["initial"] = initial
+        if "gt" in inputs:
+            images["gt"] = inputs["gt"]
+        images = {name: unsigned(image) for name, image in images.items()}
+        return [{"key": key, **{name: image[i] for name, image in images.items()}} for i, key in enumerate(keys)]
+
+    def tensor(self, inputs: Batch, keys: Optional[List[str]]) -> Any:
+        """Initial prediction and restored images, (B, 3, H, W) in [-1, 1]."""
+        return self.task.restore(self.net, inputs, keys or [str(i) for i in range(len(inputs["lq"]))])
+
+
+@MODELS.register_module()
+class DiffusionPriorModel(DiffusionModel):
+    """An unconditional prior: a :class:`~ucdir_plugin.prior_task.PriorTask` under MMEngine."""
+
+    task_class = PriorTask
+
+    def predict(self, inputs: Batch, keys: List[str]) -> List[Sample]:
+        """As many images from pure noise as there are keys; the k-th is a function of the seed and k."""
+        return [{"key": key, "output": image} for key, image in zip(keys, self.task.samples(self.net, len(keys)))]
+
+    def tensor(self, inputs: Batch, keys: Optional[List[str]]) -> torch.Tensor:
+        """What the network says of the images with the noise of the samples 0 ... B - 1."""
+        drawn = self.task.draw(inputs, list(range(len(inputs["gt"]))))
+        return self.net(drawn["x_t"], drawn["timestep"])
+
+
+class BlindPreprocessor(BaseDataPreprocessor):
+    """The loader's batch, as BIR-D takes it: images in [0, 1] on the device (its solver converts them)."""
+
+    def forward(self, data: Union[Mapping, Sequence], training: bool = False) -> Dict[str, Any]:
+        data = self.cast_data(dict(_collated(data)))
+        return {"inputs": {k: data[k] for k in ("lq", "gt", "known") if k in data}, "samples": _keys(data, 1)}
+
+
+@MODELS.register_module()
+class BIRDModel(BaseModel):
+    """BIR-D under MMEngine; it cannot be trained. One image at a time.
+
+    Args:
+        opt: what an option file says: ``bird``, ``manual_seed``.
+    """
+
+    def __init__(self, opt: Dict[str, Any]):
+        super().__init__(data_preprocessor=BlindPreprocessor())
+        opt = deepcopy(opt.to_dict() if hasattr(opt, "to_dict") else opt)
+        self.restorer = blind.from_options(opt, torch.device(get_device()))
+
+    def forward(self, inputs: Batch, samples: Optional[list] = None, mode: str = "tensor") -> Any:
+        """Mode predict: a :data:`Sample` of each image, with ``files`` of what was learned; tensor: its output alone.
+
+        Raises:
+            UserError: for mode loss.
+            ImageError: for an image that cannot be restored.
+        """
+        if mode == "loss":
+            raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
+        found = blind.restore_sample(self.restorer, inputs["lq"], samples or [""], inputs.get("known"))
+        if mode == "tensor":
+            return found.output
+        images = {"lq": inputs["lq"], "gt": inputs.get("gt"), "initial": found.initial, "output": found.output}
+        sample = {name: image[0] for name, image in images.items() if image is not None}
+        return [{"key": samples[0], "files": found.learned.files(), **sample}]
