@@ -3,6 +3,7 @@
 python tools/benchmark.py akgm         AKGM against a plain convolution
 python tools/benchmark.py forward      sampling with the released SID network against the release's formulation
 python tools/benchmark.py train        training steps
+python tools/benchmark.py train -opt FILE.yml ...        memory of a training step of these option files
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
 python tools/benchmark.py complexity -opt FILE.yml ...   parameters, multiply-adds and memory of these networks
 python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
@@ -23,7 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("akgm", parents=[common])
-    what.add_parser("train", parents=[common])
+    train = what.add_parser("train", parents=[common])
+    train.add_argument("-opt", nargs="+", metavar="FILE.yml", help="option files of which the memory is to be measured")
+    train.add_argument("--size", type=int, default=64, help="-opt: height and width of a crop (default: %(default)s)")
+    train.add_argument("--batch", type=int, nargs="+", default=[4, 8], help="-opt: crops of a step (default: 4 8)")
     forward = what.add_parser("forward", parents=[common])
     forward.add_argument("--size", type=int, default=256, help="image height and width (default: %(default)s)")
     complexity = what.add_parser("complexity", parents=[common])
@@ -73,6 +77,11 @@ def main() -> int:
             results = benchmark_bird.quality(args.source, args.images, min(args.size, 128), args.prior)
         else:
             results = benchmark_bird.cost(args.size, args.repeats)
+    elif args.what == "train" and args.opt:
+        from ucdir_plugin import benchmark_options
+
+        at_least_one(batch=min(args.batch))
+        results = benchmark_options.training_table(args.opt, args.batch, args.size)
     elif args.what == "complexity" and args.opt:
         if figure:
             raise UserError("--figure draws the growth curves: leave out -opt")

@@ -1,8 +1,9 @@
-"""What the network of an option file costs: parameters, multiply-adds, memory; the paper's Table 4 for any of them."""
+"""What the networks of option files cost, in sampling and in training; the paper's Table 4 for any of them."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from typing import Any, Callable, Iterator, Optional, Sequence
 from unittest import mock
@@ -106,3 +107,49 @@ def table(files: Sequence[str], size: int = SIZE) -> list[dict]:
         row["peak MB of a step"] = round(benchmark.peak_memory(_memory_case, os.path.abspath(file), size))
         rows.append(row)
     return [benchmark.result(f"cost of a sampling step at {size}x{size}, and of the initial predictor", rows)]
+
+
+def _training_case(file: str, batch: int, size: int) -> Callable[[], Any]:
+    """Training steps of an option file's model on noise, in float32."""
+    from basicsr.models import build_model
+
+    opt = load_options(file)
+    opt.update(dist=False, rank=0, world_size=1, num_gpu=0, is_train=True)
+    torch.manual_seed(0)
+    model, image, step = build_model(opt), torch.rand(batch, 3, size, size), itertools.count(1)
+
+    def call() -> None:
+        number = next(step)
+        samples = torch.arange(batch) + number * batch
+        model.feed_data({"lq": image, "gt": image, "sample_number": samples})
+        model.optimize_parameters(number)
+
+    return call
+
+
+def training_table(files: Sequence[str], batches: Sequence[int], size: int) -> list[dict]:
+    """Memory of a training step in one process: a row for each option file and batch (docs/mmengine.md's worksheet).
+
+    What stays between steps is 16 bytes a parameter: the weight, its average, two moments of Adam. A step adds the
+    gradients, 4 bytes, and what grows with the pixels of a batch.
+
+    Raises:
+        UserError: if a file has a fault.
+    """
+    rows = []
+    for file in files:
+        count = parameters(network(file))
+        for batch in batches:
+            step = benchmark.peak_memory(_training_case, os.path.abspath(file), batch, size)
+            rows.append(
+                {
+                    "option file": os.path.splitext(os.path.basename(file))[0],
+                    "parameters M": round(count / 1e6, 2),
+                    "batch": batch,
+                    "size": size,
+                    "16 bytes a parameter, MB": round(16 * count / 2**20),
+                    "a step adds MB": round(step),
+                    "KB a pixel": round((step - 4 * count / 2**20) * 1024 / (batch * size**2), 1),
+                }
+            )
+    return [benchmark.result("memory of a training step, one process", rows)]
