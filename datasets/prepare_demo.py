@@ -1,7 +1,7 @@
 """Lay out the demo's photographs: python datasets/prepare_demo.py
 
 They come with scikit-image, so nothing is downloaded. Training: six photographs and three
-textures; test: two photographs that are never trained on.
+textures; test: two photographs that are never trained on; bird: their middles, 256x256, for BIR-D.
 """
 
 import argparse
@@ -23,6 +23,7 @@ TRAIN = (
     "rocket.jpg",
 )
 TEST = ("chelsea.png", "coffee.png")
+SIDE = 256
 
 
 def main() -> int:
@@ -31,7 +32,10 @@ def main() -> int:
         "--out", default=os.path.join("datasets", "demo"), help="folder to write (default: %(default)s)"
     )
     args = parser.parse_args()
+    import cv2
     import skimage
+
+    from ucdir_plugin.files import write_atomically
 
     source = os.path.join(os.path.dirname(skimage.__file__), "data")
     for part, names in (("train", TRAIN), ("test", TEST)):
@@ -43,6 +47,11 @@ def main() -> int:
                     f"this scikit-image ({skimage.__version__}) lacks data/{name}; install scikit-image 0.19 or newer"
                 )
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    for name in TEST:
+        image = cv2.imread(os.path.join(source, name))
+        top, left = ((side - SIDE) // 2 for side in image.shape[:2])
+        middle = cv2.imencode(".png", image[top : top + SIDE, left : left + SIDE])[1]
+        write_atomically(middle.tobytes(), os.path.join(args.out, "bird", name))
     print(f"{len(TRAIN)} training and {len(TEST)} test images in {args.out}")
     return 0
 

@@ -193,3 +193,18 @@ def test_the_tool_asks_for_what_it_needs(place, measured):
     assert_one_line_error(
         place.run("benchmark.py", "restore", "-opt", "edsr.yml", "--only", "growth"), "EDSR, which restores in one pass"
     )
+
+
+def test_memory_of_training_is_what_stays_and_what_a_step_adds(workplace, monkeypatch):
+    path = workplace.write(TINY)
+    monkeypatch.chdir(workplace.folder)
+    call = benchmark_options._training_case(path, 2, 16)
+    call()
+    call()  # samples and iterations go on
+    asked = []
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *args: asked.append(args[2:]) or 10.0)
+    (result,) = benchmark_options.training_table([path], [2, 4], 16)
+    count = benchmark_options.parameters(benchmark_options.network(path))
+    assert asked == [(2, 16), (4, 16)]
+    first, second = result["rows"]
+    assert first["KB a pixel"] == round((10 - 4 * count / 2**20) * 1024 / 512, 1) == 2 * second["KB a pixel"]

@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -216,3 +217,5 @@ def test_demo_data(workplace):
     assert (len(train), len(test)) == (9, 2)
     assert not train & test
     assert (demo / "test" / "coffee.png").read_bytes() == (PHOTOS / "coffee.png").read_bytes()
+    middle, whole = cv2.imread(str(demo / "bird" / "coffee.png")), cv2.imread(str(PHOTOS / "coffee.png"))
+    assert (middle == whole[72:328, 172:428]).all()
