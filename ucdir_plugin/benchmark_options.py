@@ -123,6 +123,8 @@ def _training_case(file: str, batch: int, size: int) -> Callable[[], Any]:
         samples = torch.arange(batch) + number * batch
         model.feed_data({"lq": image, "gt": image, "sample_number": samples})
         model.optimize_parameters(number)
+        for optimizer in model.optimizers:  # else the next step begins by freeing the last one's gradients
+            optimizer.zero_grad(set_to_none=True)
 
     return call
 
