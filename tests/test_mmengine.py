@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,11 +19,15 @@ from test_model import batch, weights_of
 from test_prior_model import TINY_PRIOR
 from test_sharding import free_port, slurm, wait_until
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ucdir_plugin import engine, registry
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.mm import engine as mm_engine
+from ucdir_plugin.mm.data import KeyedSampler
 from ucdir_plugin.mm.engine import told
 from ucdir_plugin.mm.hooks import AverageHook
+from ucdir_plugin.mm.loops import KeyedTrainLoop
 from ucdir_plugin.options import check_options, load_options
 from ucdir_plugin.training import parts_of
 from ucdir_plugin.weights import choose_state, read_checkpoint
@@ -279,6 +284,21 @@ def test_only_mmengines_own_errors_are_told_in_one_line():
     for bug in (lambda: {}["bug"], lambda: parts_of(4, "2")):
         with pytest.raises((KeyError, TypeError)), told("a.yml"):
             bug()
+
+
+def test_a_loop_refuses_other_samplers():
+    """With which a resumed run would read other samples."""
+    loader = DataLoader(TensorDataset(torch.zeros(4)), batch_size=2, sampler=KeyedSampler(range(4), batch=4))
+    with pytest.raises(UserError, match="KeyedSampler', batch=2"):
+        KeyedTrainLoop(SimpleNamespace(visualizer=SimpleNamespace()), loader, max_iters=2)
+
+
+def test_another_wrapper_gets_its_own_arguments_only(monkeypatch):
+    monkeypatch.setattr(mm_engine, "Runner", lambda cfg, **others: cfg["model_wrapper_cfg"])
+    opt = check_options(MM, True)
+    assert mm_engine.runner_of(opt, "", "none", {})["broadcast_buffers"] is False
+    opt["mmengine"]["model_wrapper"] = {"type": "MMFullyShardedDataParallel", "use_orig_params": True}
+    assert dict(mm_engine.runner_of(opt, "", "none", {})) == opt["mmengine"]["model_wrapper"]
 
 
 def test_one_process_takes_one_gpu_and_the_whole_batch(workplace, monkeypatch):
