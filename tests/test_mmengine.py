@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import signal
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,12 +17,17 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, METRICS, MODELS
 from test_model import batch, weights_of
 from test_prior_model import TINY_PRIOR
-from test_tools import TORCHRUN
+from test_sharding import free_port, slurm, wait_until
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from ucdir_plugin import registry
+from ucdir_plugin import engine, registry
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.mm import engine as mm_engine
+from ucdir_plugin.mm.data import KeyedSampler
+from ucdir_plugin.mm.engine import told
 from ucdir_plugin.mm.hooks import AverageHook
+from ucdir_plugin.mm.loops import KeyedTrainLoop
 from ucdir_plugin.options import check_options, load_options
 from ucdir_plugin.training import parts_of
 from ucdir_plugin.weights import choose_state, read_checkpoint
@@ -197,19 +204,38 @@ def test_tools_agree_and_weights_cross(workplace):
     assert one is not None and (one == two).all()
 
 
-def test_resume_is_exact_and_passes_over_what_is_torn(workplace):
-    path = workplace.write(merged(MM, {"datasets": {"val": None}}))
-    assert workplace.run("train.py", "-opt", path).returncode == 0
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_resume_is_exact_and_passes_over_what_is_torn(workplace, number):
+    """Stopped after the learning rate has gone down."""
+    path = workplace.write(merged(MM, {"datasets": {"val": None}, "train": {"scheduler": {"milestones": [1]}}}))
     run = workplace.folder / "experiments/mm"
-    shutil.move(run / "iter_4.pth", workplace.folder / "whole.pth")
-    (run / "iter_3.pth").write_bytes((run / "iter_2.pth").read_bytes()[:2000])
-    done = workplace.run("train.py", "-opt", path, "--auto_resume")
+    first = workplace.fork("train.py", "-opt", path, "--force_yml", "train:total_iter=1000000")
+    wait_until((run / "iter_2.pth").exists, first)
+    os.kill(first.process.pid, number)
+    done = first.wait()
+    newest = max(int(f.stem[5:]) for f in run.glob("iter_*.pth"))
+    if number == signal.SIGTERM:
+        assert done.returncode == 143 and f"stopped and saved at iteration {newest}" in done.stderr + done.stdout
+    (run / f"iter_{newest + 1}.pth").write_bytes((run / f"iter_{newest}.pth").read_bytes()[:2000])
+    (run / ".iter_9.pth.1.tmp").touch()  # as if killed while it wrote
+    total = ("--force_yml", f"train:total_iter={newest + 2}")
+    done = workplace.run("train.py", "-opt", path, "--auto_resume", *total)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "passed over" in done.stdout and "iter_2.pth" in done.stdout
-    assert_same_weights(workplace.folder / "whole.pth", run / "iter_4.pth")
+    assert "passed over" in done.stdout and f"iter_{newest}.pth" in done.stdout
     assert not [f for f in os.listdir(run) if f.endswith(".tmp")]
-    (run / "iter_4.pth").write_bytes(b"torn")
-    (run / "iter_2.pth").write_bytes(b"torn")
+    resumed = workplace.folder / "resumed.pth"
+    shutil.move(run / f"iter_{newest + 2}.pth", resumed)
+    assert workplace.run("train.py", "-opt", path, *total).returncode == 0
+    assert_same_weights(resumed, run / f"iter_{newest + 2}.pth")
+    for file in (resumed, run / f"iter_{newest + 2}.pth"):
+        assert read_checkpoint(str(file))["optimizer"]["param_groups"][0]["lr"] == 5e-4
+    if number == signal.SIGTERM:
+        return
+    for changes, words in (("network_g:denoiser:inner_channel=16", "other shapes"), ("train:optim_g:type=SGD", "SGD")):
+        force = ("--force_yml", f"train:total_iter={newest + 3}", changes)
+        assert_one_line_error(workplace.run("train.py", "-opt", path, "--auto_resume", *force), words)
+    for file in run.glob("iter_*.pth"):
+        file.write_bytes(b"torn")
     assert_one_line_error(workplace.run("train.py", "-opt", path, "--auto_resume"), "no checkpoint", "can be read")
 
 
@@ -221,8 +247,7 @@ def test_two_processes(workplace):
     runs = workplace.folder / "experiments"
     shutil.move(runs / "mm", workplace.folder / "one")
     two = ("--force_yml", "datasets:train:batch_size_per_gpu=2")
-    done = workplace.run("train.py", "-opt", path, "--launcher", "pytorch", *two, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two(workplace, "-opt", path, *two)
     for key in ("params", "params_ema"):
         a, b = weights(workplace.folder / "one/iter_2.pth", key), weights(runs / "mm/iter_2.pth", key)
         for name in a:
@@ -231,9 +256,61 @@ def test_two_processes(workplace):
     assert [r["image"] for r in one["images"]] == [r["image"] for r in both["images"]]
     assert both["mean"]["restored"]["psnr"] == pytest.approx(one["mean"]["restored"]["psnr"], abs=0.05)
     more = (*two, "train:total_iter=3")
-    done = workplace.run("train.py", "-opt", path, "--launcher", "pytorch", "--auto_resume", *more, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_on_two(workplace, "-opt", path, "--auto_resume", *more)
     assert read_checkpoint(runs / "mm/iter_3.pth")["meta"]["iter"] == 3
+
+
+def train_on_two(workplace, *args):
+    """Forked, as slurm would start them: torchrun's three new interpreters take several times as long."""
+    command = ("train.py", "--launcher", "slurm", *args, f"dist_params:port={free_port()}")
+    for process in [workplace.fork(*command, log=str(i), **slurm(i, 2)) for i in range(2)]:
+        done = process.wait()
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_mmengine_says_in_a_run_is_one_line(workplace):
+    checkpoint = {"type": "CheckpointHook", "interval": 2, "by_epoch": False, "save_best": "psnrr", "rule": "greater"}
+    changes = {
+        "val": {"val_freq": 1, "metrics": {"niqe": None}, "sampling": {"steps": 1}},
+        "mmengine": {"default_hooks": {"checkpoint": checkpoint}},
+    }
+    done = workplace.run("train.py", "-opt", workplace.write(merged(MM, changes)))
+    assert_one_line_error(done, "option mmengine: ", "psnrr")
+
+
+def test_only_mmengines_own_errors_are_told_in_one_line():
+    with pytest.raises(UserError, match="a.yml: KeyError: .*Nothing"), told("a.yml"):
+        MODELS.build({"type": "Nothing"})
+    for bug in (lambda: {}["bug"], lambda: parts_of(4, "2")):
+        with pytest.raises((KeyError, TypeError)), told("a.yml"):
+            bug()
+
+
+def test_a_loop_refuses_other_samplers():
+    """With which a resumed run would read other samples."""
+    loader = DataLoader(TensorDataset(torch.zeros(4)), batch_size=2, sampler=KeyedSampler(range(4), batch=4))
+    with pytest.raises(UserError, match="KeyedSampler', batch=2"):
+        KeyedTrainLoop(SimpleNamespace(visualizer=SimpleNamespace()), loader, max_iters=2)
+
+
+def test_another_wrapper_gets_its_own_arguments_only(monkeypatch):
+    monkeypatch.setattr(mm_engine, "Runner", lambda cfg, **others: cfg["model_wrapper_cfg"])
+    opt = check_options(MM, True)
+    assert mm_engine.runner_of(opt, "", "none", {})["broadcast_buffers"] is False
+    opt["mmengine"]["model_wrapper"] = {"type": "MMFullyShardedDataParallel", "use_orig_params": True}
+    assert dict(mm_engine.runner_of(opt, "", "none", {})) == opt["mmengine"]["model_wrapper"]
+
+
+def test_one_process_takes_one_gpu_and_the_whole_batch(workplace, monkeypatch):
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    total = {"datasets": {"train": {"batch_size_per_gpu": None, "batch_size_total": 4}}}
+    args = engine.parse_args("", ["-opt", workplace.write(merged(MM, total))])
+    opt = engine.setup(args, is_train=True)
+    assert opt["num_gpu"] == 1 and opt["datasets"]["train"]["batch_size_per_gpu"] == 4
+    args.force_yml = ["num_gpu=2"]
+    with pytest.raises(UserError, match="num_gpu: 2: a process of MMEngine uses one GPU"):
+        engine.setup(args, is_train=True)
 
 
 FLEXIBLE = {"mmengine": {"strategy": {"type": "SingleDeviceStrategy"}, "hooks": [{"type": "EmptyCacheHook"}],
@@ -256,11 +333,11 @@ def test_a_strategy_trains_the_same(workplace):
 
 
 def test_a_prior_trains_the_same(workplace):
-    for engine in ("basicsr", "mmengine"):
-        path = workplace.write(merged(TINY_PRIOR, {"name": engine, "engine": engine, "train": {"total_iter": 2}}))
+    for name in ("basicsr", "mmengine"):
+        path = workplace.write(merged(TINY_PRIOR, {"name": name, "engine": name, "train": {"total_iter": 2}}))
         done = workplace.run("train.py", "-opt", path)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (workplace.folder / "experiments" / engine for engine in ("basicsr", "mmengine"))
+    one, two = (workplace.folder / "experiments" / name for name in ("basicsr", "mmengine"))
     assert_same_weights(one / "models/net_g_2.pth", two / "iter_2.pth")
     assert (one / "losses_val.csv").read_text() == (two / "losses_val.csv").read_text()
     pictures = [(f / "visualization/val/samples_2.png").read_bytes() for f in (one, two)]
@@ -375,6 +452,7 @@ WRONG = [
     ({"engine": "mmengine", "mmengine": {"hooks": [{"type": "EmptyCachHook"}]}}, "did you mean 'EmptyCacheHook'"),
     ({"engine": "mmengine", "mmengine": {"hooks": [{"type": "os.system"}]}}, "mmengine:hooks:0:type: there is no 'os.system'"),
     ({"engine": "mmengine", "mmengine": {"hooks": [{"type": "EMAHook", "begin_itr": 3}]}}, None),
+    ({"engine": "mmengine", "mmengine": {"hooks": [{"type": "EMAHook", "ema_type": "os.system"}]}}, "hooks:0:ema_type: 'os.system' is in none"),
     ({"engine": "mmengine", "mmengine": {"hooks": [{"type": "EmptyCacheHook", "before": True}]}}, "unknown option mmengine:hooks:0:before"),
     ({"engine": "mmengine", "mmengine": {"strategy": {"type": "FSDPStrateg"}}}, "did you mean 'FSDPStrategy'"),
     ({"engine": "mmengine", "mmengine": {"strategy": {"type": "FSDPStrategy"}}}, "FSDPStrategy needs a CUDA device"),

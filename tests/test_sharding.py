@@ -252,19 +252,26 @@ def lost(workplace):
     return workplace, path, command
 
 
-def test_a_training_that_loses_a_rank_stops_and_can_go_on(lost):
+@pytest.mark.parametrize("name", ["basicsr", "mmengine"])
+def test_a_training_that_loses_a_rank_stops_and_can_go_on(lost, name):
     workplace, path, command = lost
-    ranks = [workplace.fork(*command, log=str(i), **slurm(i, 2)) for i in range(2)]
-    states = workplace.folder / "experiments" / "tiny" / "training_states"
-    wait_until(lambda: (states / "4.state").exists(), ranks[0])
+    run = workplace.folder / "experiments" / "tiny"
+    states, form = (run / "training_states", "{}.state") if name == "basicsr" else (run, "iter_{}.pth")
+    ranks = [workplace.fork(*command, f"engine={name}", log=str(i), **slurm(i, 2)) for i in range(2)]
+    wait_until((states / form.format(4)).exists, ranks[0])
     os.kill(ranks[1].process.pid, signal.SIGKILL)
     done = ranks[0].wait()
     assert_one_line_error(done, "rank 0 has lost another rank", "--auto_resume")
-    newest = max(int(state.stem) for state in states.glob("*.state"))
-    assert read_checkpoint(str(states / f"{newest}.state"))["iter"] == newest
-    total = f"train:total_iter={newest + 2}"
-    done = workplace.run("train.py", "-opt", path, "--auto_resume", "--force_yml", total)  # batch 4 on one, too
+    newest = max(int(state.stem.replace("iter_", "")) for state in states.glob(form.format("*")))
+    state = read_checkpoint(str(states / form.format(newest)))
+    assert state.get("meta", state)["iter"] == newest
+    force = ("--force_yml", f"train:total_iter={newest + 2}", f"engine={name}")
+    done = workplace.run("train.py", "-opt", path, "--auto_resume", *force)  # batch 4 on one, too
     assert done.returncode == 0, done.stderr
+    if name == "mmengine":
+        assert f"resuming tiny from {states / form.format(newest)}" in done.stdout
+        assert (states / form.format(newest + 2)).exists()
+        return
     assert f"resuming tiny at iteration {newest}" in done.stdout
     assert "2 iterations of 4 x 1 samples" in done.stderr.replace(f"{newest + 2} iterations", "2 iterations")
 

@@ -68,11 +68,19 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     if not opt["dist"] and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("several processes were started (WORLD_SIZE is set): add --launcher pytorch")
     available = torch.cuda.device_count()
-    opt["num_gpu"] = available if opt["num_gpu"] == "auto" else opt["num_gpu"]
+    given = opt["num_gpu"]
+    opt["num_gpu"] = available if given == "auto" else given
     if opt["engine"] == "mmengine" and opt["num_gpu"] == 0 < available:
         raise UserError(
             "option num_gpu: 0: MMEngine takes the GPU that it finds; hide it: CUDA_VISIBLE_DEVICES= python ..."
         )
+    if opt["engine"] == "mmengine" and not opt["dist"] and opt["num_gpu"] > 1:
+        if given != "auto":
+            raise UserError(
+                f"option num_gpu: {given}: a process of MMEngine uses one GPU; start as many by torchrun, with"
+                " --launcher pytorch, or take num_gpu: auto"
+            )
+        opt["num_gpu"] = 1
     if opt["num_gpu"] > available:
         raise UserError(f"option num_gpu: {opt['num_gpu']} asked for, {available} found; use auto, or 0 for the CPU")
     if opt["dist"] and not dist.is_initialized():
@@ -173,18 +181,19 @@ class Stop:
         return bool(self.signal)
 
 
-def agreed_start(resume: Optional[dict], opt: dict) -> int:
+def agreed_start(start: int, folder: str, opt: dict) -> int:
     """The iteration that all ranks resume at.
+
+    Args:
+        start: that this rank found in ``folder``, or 0.
 
     Raises:
         UserError: if they found different ones.
     """
-    start = resume["iter"] if resume else 0
     if opt["dist"]:
         first = [start]
         dist.broadcast_object_list(first)
         if first[0] != start:
-            folder = opt["path"]["training_states"]
             raise UserError(
                 f"rank {opt['rank']} finds iteration {start} in {folder}, rank 0 iteration {first[0]}:"
                 " all machines need the same folder (a shared disk)"
@@ -218,8 +227,13 @@ def _mmengine() -> Any:
     return other
 
 
+def is_of_lost_rank(err: Exception) -> bool:
+    """Whether it is what a collective raises where another rank has ended, or keeps the others waiting."""
+    return dist.is_initialized() and (isinstance(err, dist.DistError) or "gloo" in str(err))
+
+
 def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What a collective raises where another rank has ended, or keeps the others waiting, becomes one line."""
+    """What :func:`is_of_lost_rank` knows becomes one line."""
 
     @functools.wraps(function)
     def told(args: argparse.Namespace) -> int:
@@ -227,7 +241,7 @@ def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Calla
             return function(args)
         except RuntimeError as err:
             text = str(err)
-            if not dist.is_initialized() or not (isinstance(err, dist.DistError) or "gloo" in text):
+            if not is_of_lost_rank(err):
                 raise
             again = "start all ranks again with --auto_resume, from the last checkpoint"
             if function.__name__ == "test":
@@ -256,7 +270,7 @@ def train(args: argparse.Namespace) -> int:
     # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
     (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
     resume = find_resume_state(opt)
-    start = agreed_start(resume, opt)
+    start = agreed_start(resume["iter"] if resume else 0, opt["path"]["training_states"], opt)
     seed_everything(seed, "init")
     model = build("model", build_model, opt)
     if resume:

@@ -10,7 +10,9 @@ import copy
 import os
 import sys
 import time
-from typing import Any, Dict, List, Optional
+import traceback
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from basicsr.utils import mkdir_and_rename
@@ -19,13 +21,34 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch.utils.data import DataLoader
 
 from ucdir_plugin import compat, engine, report
+from ucdir_plugin.checkpoint import remove_leftovers
 from ucdir_plugin.data.loader import training_loader
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.mm import models
 from ucdir_plugin.mm.data import KeyedSampler
 from ucdir_plugin.options import apply_overrides, option_text
 from ucdir_plugin.registry import SCOPE
-from ucdir_plugin.weights import find_weights, numbered, read_checkpoint
+from ucdir_plugin.weights import find_weights, load_into, numbered, read_checkpoint
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What MMEngine itself says against options, before or in a run, as one line.
+
+    Raises:
+        UserError: for an exception of MMEngine's code, or of torch where MMEngine called it; others pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as err:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(err.__traceback__)]
+        ours = [name for name in frames if not name.startswith("torch.") or name.startswith("torch.utils.data")]
+        owner = ours[-1] if ours else ""
+        if owner.split(".")[0] != "mmengine" or engine.is_of_lost_rank(err):
+            raise
+        raise UserError(f"{what}: {type(err).__name__}: {err}") from err
 
 
 def runner_of(opt: Dict[str, Any], root: str, launcher: str, parts: Dict[str, Any]) -> Any:
@@ -35,9 +58,6 @@ def runner_of(opt: Dict[str, Any], root: str, launcher: str, parts: Dict[str, An
         opt: complete options.
         root: its folder.
         parts: arguments of MMEngine's runners: loops, loaders, hooks.
-
-    Raises:
-        UserError: for what this machine cannot do.
     """
     own = opt["mmengine"]
     hooks = [{"type": f"{SCOPE}.PlainCheckpointHook"}, *parts.pop("custom_hooks", []), *own["hooks"]]
@@ -67,17 +87,17 @@ def runner_of(opt: Dict[str, Any], root: str, launcher: str, parts: Dict[str, An
     cfg: Dict[str, Any] = {}
     if own["activation_checkpointing"] and not own["strategy"]:
         cfg["activation_checkpointing"] = own["activation_checkpointing"]
-    wrapper = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **(own["model_wrapper"] or {})}
-    wrapper.setdefault("find_unused_parameters", opt["find_unused_parameters"])
-    if cpu and wrapper["type"] == "MMDistributedDataParallel":
-        wrapper["device_ids"] = None
-    try:
-        if own["strategy"]:
-            return FlexibleRunner(strategy=copy.deepcopy(own["strategy"]), cfg=Config(cfg), **settings)
-        cfg["model_wrapper_cfg"] = wrapper
-        return Runner(auto_scale_lr=own["auto_scale_lr"], cfg=Config(cfg), **settings)
-    except (AssertionError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as err:
-        raise UserError(f"option mmengine: {type(err).__name__}: {err}") from err
+    if own["strategy"]:
+        strategy = copy.deepcopy(own["strategy"])
+        return FlexibleRunner(strategy=strategy, auto_scale_lr=own["auto_scale_lr"], cfg=Config(cfg), **settings)
+    wrapper = {"type": "MMDistributedDataParallel", **(own["model_wrapper"] or {})}
+    if wrapper["type"] == "MMDistributedDataParallel":  # others do not take these
+        wrapper.setdefault("broadcast_buffers", False)
+        wrapper.setdefault("find_unused_parameters", opt["find_unused_parameters"])
+        if cpu:
+            wrapper["device_ids"] = None
+    cfg["model_wrapper_cfg"] = wrapper
+    return Runner(auto_scale_lr=own["auto_scale_lr"], cfg=Config(cfg), **settings)
 
 
 def build_model(opt: Dict[str, Any]) -> torch.nn.Module:
@@ -125,10 +145,12 @@ def find_checkpoint(opt: Dict[str, Any], root: str) -> Optional[str]:
     return None
 
 
-def _check(file: str) -> None:
+def _check(file: str) -> int:
+    """The iteration of a checkpoint that training can go on from."""
     content = read_checkpoint(file)
     if not isinstance(content, dict) or not {"meta", "state_dict", "optimizer"} <= content.keys():
         raise UserError(f"{file} is no checkpoint of MMEngine that training can go on from")
+    return content["meta"]["iter"]
 
 
 def loops_of(opt: Dict[str, Any], phase: str, sets: List[Any]) -> Dict[str, Any]:
@@ -150,12 +172,18 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
         raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
     (train_set,), val_sets = engine.build_sets(opt, ("train",)), engine.build_sets(opt, ("val",))
     checkpoint = find_checkpoint(opt, root)
+    engine.agreed_start(_check(checkpoint) if checkpoint else 0, root, opt)
     model = build_model(opt)
+    if checkpoint:  # MMEngine leaves out, without an error, what does not fit
+        load_into(model.net_g, checkpoint, True, "params")
+        if hasattr(model, "net_g_ema"):
+            load_into(model.net_g_ema, checkpoint, True, "params_ema")
     if opt["dist"]:
         torch.distributed.barrier()
     if opt["rank"] == 0:
         if checkpoint is None:
             mkdir_and_rename(root)
+        remove_leftovers(root)
         head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
         report.write_text(head + option_text(args.opt), os.path.join(root, os.path.basename(args.opt)))
         print(f"resuming {opt['name']} from {checkpoint}" if checkpoint else f"starting {opt['name']} from scratch")
@@ -189,8 +217,9 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
         "custom_hooks": hooks,
         **loops_of(opt, "val", val_sets),
     }
-    runner = runner_of(opt, root, args.launcher, parts)
-    runner.train()
+    with told("option mmengine"):
+        runner = runner_of(opt, root, args.launcher, parts)
+        runner.train()
     (stop,) = (hook.stop for hook in runner.hooks if hasattr(hook, "stop"))
     return 128 + stop.signal if stop.signal else 0
 
@@ -215,8 +244,9 @@ def test(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     if opt["dist"]:
         torch.distributed.barrier()
     engine.start_log(opt, "test")
-    runner = runner_of(opt, root, args.launcher, {"model": model, **loops_of(opt, "test", sets)})
-    runner.test()
+    with told("option mmengine"):
+        runner = runner_of(opt, root, args.launcher, {"model": model, **loops_of(opt, "test", sets)})
+        runner.test()
     return runner.test_loop.code
 
 
@@ -249,6 +279,7 @@ def run_config(args: argparse.Namespace, is_train: bool) -> int:
         cfg.setdefault("model_wrapper_cfg", {"type": "MMDistributedDataParallel", "broadcast_buffers": False})
         cfg.model_wrapper_cfg.device_ids = None
     kind = FlexibleRunner if "strategy" in cfg else Runner
-    runner = kind.from_cfg(cfg)
-    runner.train() if is_train else runner.test()
+    with told(path):
+        runner = kind.from_cfg(cfg)
+        runner.train() if is_train else runner.test()
     return 0

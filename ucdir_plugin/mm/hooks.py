@@ -50,9 +50,14 @@ class LearningRateHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         self._optimizers = [runner.optim_wrapper.optimizer]
+        groups = runner.optim_wrapper.optimizer.param_groups
+        resumed = [group["lr"] for group in groups]
         self._schedulers = build_schedulers(self.scheduler, self._optimizers)
-        for scheduler, state in zip(self._schedulers, self._saved or ()):
-            scheduler.load_state_dict(state)
+        if self._saved is not None:
+            for scheduler, state in zip(self._schedulers, self._saved):
+                scheduler.load_state_dict(state)
+            for group, lr in zip(groups, resumed):
+                group["lr"] = lr  # a new scheduler sets the first rate
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         compat.set_learning_rates(self._optimizers, self._schedulers, runner.iter + 1, self.warmup_iter)
@@ -61,7 +66,7 @@ class LearningRateHook(Hook):
         checkpoint["learning_rate"] = [s.state_dict() for s in self._schedulers]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        self._saved = checkpoint.get("learning_rate")
+        self._saved = checkpoint.get("learning_rate") if runner._resume else None
 
 
 @HOOKS.register_module()
@@ -105,7 +110,7 @@ class NoiseBandsHook(Hook):
         checkpoint["loss_sums"] = self._sums.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        self._saved = checkpoint.get("loss_sums", {})
+        self._saved = checkpoint.get("loss_sums", {}) if runner._resume else {}
 
 
 @HOOKS.register_module()

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.loader import close
+from ucdir_plugin.errors import UserError
 from ucdir_plugin.mm.metrics import flat
 from ucdir_plugin.registry import LOOPS
 from ucdir_plugin.training import parts_of
@@ -24,8 +25,11 @@ class KeyedTrainLoop(IterBasedTrainLoop):
     """An IterBasedTrainLoop whose data are a function of the sample number; a resumed one reads none twice.
 
     Args:
-        dataloader: with a :class:`~ucdir_plugin.mm.data.KeyedSampler`.
+        dataloader: with a :class:`~ucdir_plugin.mm.data.KeyedSampler` of its batch size.
         accumulate: each batch is computed in so many parts, of which the optimizer's wrapper is told.
+
+    Raises:
+        UserError: for another sampler or batch size, with which a resumed run would read other samples.
     """
 
     def __init__(
@@ -38,6 +42,11 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         accumulate: int = 1,
     ):
         super().__init__(runner, dataloader, max_iters, val_begin, val_interval)
+        size = getattr(self.dataloader.sampler, "batch", None)
+        if size != self.dataloader.batch_size:
+            close(self.dataloader_iterator._iterator)
+            batch = self.dataloader.batch_size
+            raise UserError(f"KeyedTrainLoop needs sampler=dict(type='ucdir_plugin.KeyedSampler', batch={batch})")
         self.accumulate = accumulate
 
     def run(self) -> Any:

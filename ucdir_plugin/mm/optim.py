@@ -9,6 +9,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 
+from ucdir_plugin.checkpoint import check_optimizers
 from ucdir_plugin.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from ucdir_plugin.training import Stepper
 
@@ -58,10 +59,12 @@ class DiffusionOptimWrapper(OptimWrapper):
         self.stepped = self.stepper.step(iteration, loss, MMLogger.get_current_instance())
 
     def state_dict(self) -> Dict[str, Any]:
-        return {**super().state_dict(), "stepper": self.stepper.state_dict()}
+        kinds = [type(self.optimizer).__name__]
+        return {**super().state_dict(), "stepper": self.stepper.state_dict(), "optimizer_types": kinds}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        state_dict = dict(state_dict)
+        check_optimizers(state_dict, [self.optimizer])
+        state_dict = {key: value for key, value in state_dict.items() if key != "optimizer_types"}
         self.stepper.load_state_dict(state_dict.pop("stepper", {}))
         super().load_state_dict(state_dict)
 

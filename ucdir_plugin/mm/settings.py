@@ -57,6 +57,10 @@ def _check(node: Any, where: str, registry: Any) -> None:
     if registry is not None and isinstance(kind, str):
         _check_arguments(known(registry)[kind], node, where)
     for key, value in node.items():
+        # MMEngine imports a dotted name that it does not know, wherever it builds by one (EMAHook's ema_type).
+        dotted = key.endswith("_type") and isinstance(value, str) and "." in value
+        if dotted and not any(value in known(r) for r in _roots()):
+            raise UserError(f"option {where}:{key}: {value!r} is in none of MMEngine's registries")
         _check(value, f"{where}:{key}", _KINDS.get(key))
 
 
