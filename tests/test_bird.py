@@ -458,6 +458,12 @@ def test_one_image_that_loses_its_numbers_is_given_up_alone():
     assert result.failed[1] is None
     assert result.image[0].isnan().all()
     torch.testing.assert_close(result.image[1], good.image[1])
+    # Where none is left, the network is called no more.
+    lost = Solver(prior, [(y, degradation)], settings, image_noise(0, ["a", "b"]))
+    lost.observations[0].scale = torch.tensor([float("nan")] * 2)
+    steps = []
+    result = lost.run(steps.append)
+    assert len(steps) == 1 < settings.steps and None not in result.failed and result.image.isnan().all()
 
 
 def test_ablation_models():
