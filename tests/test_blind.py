@@ -312,7 +312,7 @@ def test_the_python_api(place):
     assert ucdir_plugin.restore(array, model, key="other").image.tobytes() != found.image.tobytes()
 
 
-def test_colours_start_from_noise_where_the_prior_generates(place):
+def test_colours_start_from_much_noise_where_the_prior_generates(place):
     """A small random ADM as a file that says what it is: the prior of a network, by name, in patches of its size."""
     torch.manual_seed(0)
     network = {"type": "ADMUNet", "image_size": 32, "num_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1}
@@ -322,11 +322,11 @@ def test_colours_start_from_noise_where_the_prior_generates(place):
     ok(place.run("convert_weights.py", "--from", "adm", "-opt", "adm.yml", "net.pt", "small.safetensors"))
     ok(run(place, "colorize", "--prior", "small.safetensors"))
     settings = json.loads(Path("out/coffee.json").read_text())["settings"]
-    assert settings["settings"]["start"] == "noise" and settings["settings"]["steps"] == 2
+    assert settings["settings"]["sigma_start"] == blind.COLOUR_SIGMA and settings["settings"]["steps"] == 2
     assert settings["tile"] == 32 and settings["weights"] == "small.safetensors"
     model = ucdir_plugin.load_model("bird", bird={"task": "colorize", "prior": "small.safetensors"})
-    assert model.settings.start == "noise" and model.steps == blind.COLOUR_STEPS
-    assert ucdir_plugin.load_model("bird", bird={"prior": "small.safetensors"}).settings.start == "warm"
+    assert model.settings.sigma_start == blind.COLOUR_SIGMA and model.steps == blind.COLOUR_STEPS
+    assert ucdir_plugin.load_model("bird", bird={"prior": "small.safetensors"}).settings.sigma_start is None
     ok(run(place, "blind", "--prior", "small.safetensors", "--preset", "guided", target="guided"))
     scales = np.load("guided/coffee.learned.npz")["scale"]
     assert np.isfinite(scales).all() and (scales > 0).all()

@@ -71,7 +71,7 @@ def shelf(tmp_path, monkeypatch, trained):
     folder = tmp_path / "zoo"
     folder.mkdir()
     shutil.copy(trained[0], folder / "small.safetensors")
-    entry = {"kind": "prior", "sha256": weights.sha256_of(trained[0])}
+    entry = {"kind": "prior", "sha256": weights.sha256_of(trained[0]), "size": 48}
     (folder / "index.json").write_text(json.dumps({"small": entry}))
     monkeypatch.setattr(zoo, "FOLDER", str(folder))
     return folder
@@ -80,6 +80,7 @@ def shelf(tmp_path, monkeypatch, trained):
 def test_by_name(shelf, trained):
     x, level = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
     torch.testing.assert_close(priors.load_prior("small")(x, level), priors.load_prior(trained[0])(x, level))
+    assert (priors.load_prior("small").size, priors.load_prior(trained[0]).size) == (48, 16)
     with pytest.raises(UserError, match="did you mean 'small'"):
         priors.load_prior("smal")
     with pytest.raises(UserError, match="leave out bird: network"):

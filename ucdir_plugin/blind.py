@@ -39,8 +39,9 @@ def degraded_name(number: int, count: int) -> str:
     return f".degraded{number if count > 1 else ''}.png"
 
 
-COLOUR_STEPS = 50
-"""Of a process that starts from noise, so that colours come about."""
+COLOUR_STEPS, COLOUR_SIGMA = 24, 3.0
+"""Of a process that has to invent colours. It starts from gray with much noise: from pure noise a small prior's first
+guess at the mean colour, which is a poor one, tints the whole image."""
 
 TENSORS = 14
 """Image-sized tensors of float32 that a solver holds at its peak; least squares on the kernel needs most of them."""
@@ -617,7 +618,8 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         blur, settings = known_kernel(options.blur), settings.known()
     prior = priors.load_prior(options.prior, device, options.network)
     if options.preset == "default" and task.gray and prior.generates:
-        settings = dataclasses.replace(settings, start="noise", steps=COLOUR_STEPS)  # the input has no colours
+        much = min(COLOUR_SIGMA, prior.sigma_max)
+        settings = dataclasses.replace(settings, sigma_start=much, steps=COLOUR_STEPS)
     if options.solver == "bird":
         settings = changed(settings, options.settings, "bird:settings")
     if options.noise is not None and options.solver == "bird":

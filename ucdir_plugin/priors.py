@@ -235,7 +235,9 @@ def load_prior(
     if name in zoo.names("prior"):
         if network is not None:
             raise UserError(f"prior {name} says what network it is: leave out bird: network")
-        return load_adm(zoo.find(name), device=device)
+        prior = load_adm(zoo.find(name), device=device)
+        prior.size = zoo.index()[name].get("size", prior.size)
+        return prior
     if os.path.isdir(name):
         return load_diffusers(name, device)
     if os.path.isfile(name):

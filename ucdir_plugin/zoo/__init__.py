@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from ucdir_plugin.errors import NotAvailable, UserError
 from ucdir_plugin.weights import sha256_of
@@ -12,8 +12,11 @@ from ucdir_plugin.weights import sha256_of
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def index() -> Dict[str, Dict[str, str]]:
-    """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores) and ``sha256`` of the file."""
+def index() -> Dict[str, Dict[str, Any]]:
+    """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores) and ``sha256`` of the file.
+
+    Of a prior also ``size``, the side of the patches that it serves best in, where that is not its training's.
+    """
     with open(os.path.join(FOLDER, "index.json"), encoding="utf-8") as file:
         return json.load(file)
 
