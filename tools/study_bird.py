@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     add("--parts", nargs="+", default=["main"], help="main, seeds, sizes, first (default: main)")
     add("--priors", nargs="+", default=["ffdnet"], help="as of tools/restore.py --prior (default: ffdnet)")
     add("--cases", nargs="+", help="default: all")
+    add("--systems", nargs="+", help="only these, such as input default known (default: all)")
     add("--images", type=int, default=16, help="of all parts but seeds, which has all (default: %(default)s)")
     add("--steps", type=int, default=100, help="of the systems that start from noise (default: %(default)s)")
     add("--seeds", type=int, default=3, help="of the part seeds (default: %(default)s)")
@@ -38,18 +39,19 @@ def main() -> int:
     at_least_one(**counts, threads=args.threads or 1)
     import torch
 
-    from ucdir_plugin import study_bird
     from ucdir_plugin.memory import keep_freed_memory
+    from ucdir_plugin.study import cases, parts
 
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = study_bird.study(
+    path = parts.study(
         args.source,
         args.output,
         parts=args.parts,
         priors=args.priors,
-        cases=args.cases or tuple(study_bird.CASES),
+        cases=args.cases or tuple(cases.CASES),
+        systems=args.systems,
         only=args.only,
         without=args.without,
         count=args.images,

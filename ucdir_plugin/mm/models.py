@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from copy import deepcopy
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -126,11 +127,13 @@ class DiffusionModel(BaseModel):
             raise ValueError(f"mode {mode!r}: loss, predict or tensor")
         return self.predict(inputs, samples) if mode == "predict" else self.tensor(inputs, samples)
 
+    @abstractmethod
     def predict(self, inputs: Batch, keys: List[str]) -> List[Sample]:
-        raise NotImplementedError
+        """What mode predict gives, of each image."""
 
+    @abstractmethod
     def tensor(self, inputs: Batch, keys: Optional[List[str]]) -> Any:
-        raise NotImplementedError
+        """What the network makes, in [-1, 1]."""
 
 
 @MODELS.register_module()
