@@ -57,6 +57,8 @@ setup(
             *METRICS,
             "rawpy>=0.25",
             "pytest>=7.4",
+            "hypothesis>=6.100",
+            "psutil>=5.9",
             "pytest-xdist>=3.5",  # quickstart.py test: a process per core
             "ruff==0.17.6",
             DEEPINV,

@@ -215,3 +215,24 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     for word in words:
         assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--figures", type=Path, help="append what the tests measured to this file, a Markdown table row each"
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """What tests measured (``record_property``), a line each: the figures of docs/reliability.md."""
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        return
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.getreports(key)]
+    measured = [(r.nodeid.split("/")[-1], k, v) for r in reports if r.when == "call" for k, v in r.user_properties]
+    if measured:
+        terminalreporter.section("figures")
+        for row in measured:
+            terminalreporter.write_line("{}: {}: {}".format(*row))
+    if measured and config.getoption("figures"):
+        with config.getoption("figures").open("a") as file:
+            file.writelines("| `{}` | {} | {} |\n".format(*row) for row in measured)
