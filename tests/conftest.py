@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Optional
 
 import cv2
 import numpy as np
@@ -109,24 +109,36 @@ _FORKS.set_forkserver_preload(["ucdir_plugin.engine", "ucdir_plugin.mm.engine", 
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # for what is started from here on
 
 
-def _run_tool(script: str, args: tuple[str, ...], folder: str, environment: dict[str, str], log: str) -> None:
+def _run_tool(
+    script: str, args: tuple[str, ...], folder: str, environment: dict[str, str], log: str, before: Optional[Callable]
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [script, *args]
+    if before:
+        before()
     runpy.run_path(script, run_name="__main__")
 
 
 class Forked:
     """A tool that runs in a forked process."""
 
-    def __init__(self, folder: Path, tool: str, args: tuple[str, ...], environment: dict[str, str], log: str):
+    def __init__(
+        self,
+        folder: Path,
+        tool: str,
+        args: tuple[str, ...],
+        environment: dict[str, str],
+        log: str,
+        before: Optional[Callable] = None,
+    ):
         script = os.path.normpath(ROOT / "tools" / tool)
         self.args, self.streams = [tool, *args], [folder / f"{log}.{name}" for name in ("stdout", "stderr")]
         for stream in self.streams:
             stream.unlink(missing_ok=True)
-        self.process = _FORKS.Process(target=_run_tool, args=(script, args, str(folder), environment, log))
+        self.process = _FORKS.Process(target=_run_tool, args=(script, args, str(folder), environment, log, before))
         self.process.start()
 
     def output(self) -> str:
@@ -165,9 +177,11 @@ class Workplace:
             start_new_session=True,
         )
 
-    def fork(self, tool: str, *args: str, log: str = "", **environment: str) -> Forked:
-        """Start a tool in a forked process with more in its environment."""
-        return Forked(self.folder, tool, args, environment, log)
+    def fork(
+        self, tool: str, *args: str, log: str = "", before: Optional[Callable] = None, **environment: str
+    ) -> Forked:
+        """Start a tool in a forked process with more in its environment; ``before`` (for pickling) is called there."""
+        return Forked(self.folder, tool, args, environment, log, before)
 
     def run(self, tool: str, *args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
         """Run a tool to its end; with ``launcher`` in a new interpreter."""

@@ -26,12 +26,12 @@ def atomic_save(obj: Any, path: str | os.PathLike) -> None:
         torch.save(obj, file)
 
 
-def remove_leftovers(*folders: str) -> None:
-    """Delete what a killed run left half-written."""
-    for folder in folders:
-        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
-                os.remove(entry.path)
+def remove_leftovers(root: str) -> None:
+    """Delete what a killed run left half-written in its folder and below: checkpoints, pictures, tables."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.startswith(".") and name.endswith(".tmp"):
+                os.remove(os.path.join(folder, name))
 
 
 def to_cpu(obj: Any) -> Any:

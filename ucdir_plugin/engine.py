@@ -7,6 +7,7 @@ the iteration, so that a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from ucdir_plugin import compat, memory, report, report_html
 from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
 from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import Stopped, UserError, WriteError, free_space
 from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options, option_text, share_batch
 from ucdir_plugin.restorer import versions
@@ -130,6 +131,25 @@ def seed_everything(*key: Any) -> None:
         torch.cuda.manual_seed_all(key_to_seed(*key))
 
 
+class LogFile(logging.FileHandler):
+    """One that says once that it cannot be written, where logging prints a traceback for each line."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        err = sys.exc_info()[1]
+        if not isinstance(err, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            print(
+                f"warning: the log {self.baseFilename} cannot be written: {err.strerror}"
+                f" ({free_space(self.baseFilename)}); training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def start_log(opt: dict, kind: str) -> logging.Logger:
     """BasicSR's logger with a file in the run's folder (its building functions have created it without one by now)."""
     logger = get_root_logger()
@@ -137,7 +157,7 @@ def start_log(opt: dict, kind: str) -> logging.Logger:
         for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:  # of an earlier run
             logger.removeHandler(handler)
             handler.close()
-        handler = logging.FileHandler(os.path.join(opt["path"]["log"], f"{kind}_{opt['name']}_{get_time_str()}.log"))
+        handler = LogFile(os.path.join(opt["path"]["log"], f"{kind}_{opt['name']}_{get_time_str()}.log"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)
     logger.info(f"ucdir-plugin {ucdir_plugin.__version__}, torch {torch.__version__}, world size {opt['world_size']}")
@@ -162,7 +182,7 @@ class Stop:
     """SIGTERM (a cluster's) and Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self._at_once = 0, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -170,6 +190,33 @@ class Stop:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if self._at_once:
+            self._at_once = False
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that may take long and changes no weights: it is left in the middle. No exchange between ranks in it.
+
+        Raises:
+            Stopped: where the signal comes.
+        """
+        try:
+            self._at_once = True
+            if self.signal:
+                raise Stopped(self.signal)
+            yield
+        finally:
+            self._at_once = False
+
+    def agree(self, opt: dict, device: torch.device) -> None:
+        """All ranks go on, or none.
+
+        Raises:
+            Stopped: on all ranks, if one was asked to stop.
+        """
+        if self.asked(opt, device):
+            raise Stopped(self.signal)
 
     def asked(self, opt: dict, device: torch.device) -> bool:
         """Whether any rank was asked to stop."""
@@ -232,15 +279,25 @@ def is_of_lost_rank(err: Exception) -> bool:
     return dist.is_initialized() and (isinstance(err, dist.DistError) or "gloo" in str(err))
 
 
-def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What :func:`is_of_lost_rank` knows becomes one line."""
+def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """What :func:`is_of_lost_rank` knows becomes one line; so does the loss of a loader's worker, or of the disk."""
 
     @functools.wraps(function)
     def told(args: argparse.Namespace) -> int:
         try:
             return function(args)
+        except WriteError as err:
+            again = "what is saved is kept: once it can be written, go on with --auto_resume"
+            if function.__name__ == "test":
+                again = "what is restored is kept: run the same command again"
+            raise UserError(f"{err}; {again}") from err
         except RuntimeError as err:
             text = str(err)
+            if text.startswith("DataLoader worker"):
+                raise UserError(
+                    f"a process that reads data was killed ({text.splitlines()[0]}), perhaps for lack of memory: go on"
+                    " with --auto_resume, and fewer num_worker_per_gpu if it comes again"
+                ) from err
             if not is_of_lost_rank(err):
                 raise
             again = "start all ranks again with --auto_resume, from the last checkpoint"
@@ -257,7 +314,7 @@ def _tells_of_lost_ranks(function: Callable[[argparse.Namespace], int]) -> Calla
     return told
 
 
-@_tells_of_lost_ranks
+@_tells_of_losses
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
     if args.opt.endswith(".py"):
@@ -285,7 +342,7 @@ def train(args: argparse.Namespace) -> int:
         if rank_0 and opt["logger"]["use_tb_logger"]:
             mkdir_and_rename(os.path.join(opt["root_path"], "tb_logger", opt["name"]))
     if rank_0:
-        remove_leftovers(opt["path"]["models"], opt["path"]["training_states"])
+        remove_leftovers(root)
         state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"
         print(state, flush=True)
         head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
@@ -308,65 +365,79 @@ def train(args: argparse.Namespace) -> int:
     on_cuda = data_opt.get("prefetch_mode") == "cuda" and model.device.type == "cuda"
     prefetcher = CUDAPrefetcher(loader, opt) if on_cuda else CPUPrefetcher(loader)
     stop, losses = Stop(), FiniteLosses()
+    iteration = saved = start
 
-    def save(iteration: int) -> None:
+    def save() -> None:
+        nonlocal saved
+        saved = iteration  # or cannot be
         if losses.bad:
             logger.warning(f"iteration {iteration} is not saved: its loss is not finite")
         else:
             model.save(iteration // epoch_iters, iteration)
 
-    def validation(iteration: int) -> None:
-        for val_set in val_sets:
-            validate_set(opt, model, val_set, iteration, tb_logger)
+    @contextlib.contextmanager
+    def between_steps() -> Iterator[None]:
+        """What goes wrong here leaves the weights whole: it is raised when they are saved."""
+        try:
+            yield
+        except Exception:
+            # One rank alone cannot save what needs all of them.
+            if iteration > saved and not opt["dist"]:
+                save()
+                logger.info(f"saved iteration {iteration}; go on with --auto_resume")
+            raise
 
-    iteration = start
+    def validation() -> None:
+        with between_steps():
+            for val_set in val_sets:
+                validate_set(opt, model, val_set, iteration, tb_logger, stop)
+
     val_freq = opt["val"]["val_freq"]
-    if 0 < start < total and start % val_freq == 0:
-        validation(start)  # a stop between saving and validating may have lost it
     data_timer, iter_timer = AvgTimer(), AvgTimer()
     started = time.time()
     try:
+        if 0 < start < total and start % val_freq == 0:
+            validation()  # a stop between saving and validating may have lost it
         while iteration < total:
-            try:
+            # Ranks that wait for each other in a step can leave only after it.
+            with between_steps(), contextlib.nullcontext() if opt["dist"] else stop.at_once():
                 data = prefetcher.next()
-            except Exception:
-                # One rank alone cannot save what needs all of them.
-                if iteration > start and not opt["dist"]:
-                    save(iteration)
-                    logger.info(f"saved iteration {iteration}; go on with --auto_resume")
-                raise
             data_timer.record()
-            iteration += 1
-            model.update_learning_rate(iteration, opt["train"].get("warmup_iter", -1))
-            seed_everything(seed, "step", iteration, opt["rank"])
+            step = iteration + 1
+            model.update_learning_rate(step, opt["train"].get("warmup_iter", -1))
+            seed_everything(seed, "step", step, opt["rank"])
             model.feed_data(data)
-            model.optimize_parameters(iteration)
-            losses.look(model, iteration)
+            model.optimize_parameters(step)
+            losses.look(model, step)
+            iteration = step
             iter_timer.record()
             if iteration == start + 1:
                 messages.reset_start_time()
-            if iteration % opt["logger"]["print_freq"] == 0:
-                line = {"epoch": iteration // epoch_iters, "iter": iteration, "lrs": model.get_current_learning_rate()}
-                line.update(time=iter_timer.get_avg_time(), data_time=data_timer.get_avg_time())
-                line.update(model.get_current_log())
-                messages(line)
-            stopping = stop.asked(opt, model.device)
-            if stopping or iteration % opt["logger"]["save_checkpoint_freq"] == 0 or iteration == total:
-                save(iteration)
-            if stopping:
-                logger.info(
-                    f"signal {stop.signal}: stopped and saved at iteration {iteration}; go on with --auto_resume"
-                )
-                return 128 + stop.signal
+            with between_steps():
+                if iteration % opt["logger"]["print_freq"] == 0:
+                    line = {"epoch": iteration // epoch_iters, "iter": iteration}
+                    line.update(lrs=model.get_current_learning_rate())
+                    line.update(time=iter_timer.get_avg_time(), data_time=data_timer.get_avg_time())
+                    line.update(model.get_current_log())
+                    messages(line)
+                if iteration % opt["logger"]["save_checkpoint_freq"] == 0 or iteration == total:
+                    save()
+                stop.agree(opt, model.device)
             if iteration % val_freq == 0 and iteration < total:
-                validation(iteration)
+                validation()
             data_timer.start()
             iter_timer.start()
 
         seconds = datetime.timedelta(seconds=int(time.time() - started))
         logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
         model.save(epoch=-1, current_iter=-1)
-        validation(iteration)
+        validation()
+    except Stopped:
+        if iteration > saved:
+            save()
+        done = f"stopped and saved at iteration {iteration}; go on with --auto_resume"
+        logger.info(f"signal {stop.signal}: {done if iteration else 'stopped before the first iteration'}")
+        return 128 + stop.signal
     finally:
         close(prefetcher.loader)
         if tb_logger:
@@ -374,13 +445,18 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def own_validation(model: Any, dataset: Any, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
+def own_validation(
+    model: Any, dataset: Any, current_iter: Any, tb_logger: Any, save_img: bool, stop: Optional[Stop] = None
+) -> None:
     """Validation of a model that has its own (video, padded windows): on rank 0, as in BasicSR."""
     opt = model.opt
     opt["val"]["metrics"] = for_basicsr_loop(opt["val"].get("metrics"), opt["val"].get("weights_dir"))
     loader = build_dataloader(dataset, {**dataset.opt, "persistent_workers": False}, opt["num_gpu"], opt["dist"])
-    with bare_networks(model):
+    # Of several ranks nobody knows here where they wait for each other.
+    with bare_networks(model), stop.at_once() if stop and not opt["dist"] else contextlib.nullcontext():
         model.validation(loader, current_iter, tb_logger, save_img)
+    if stop:
+        stop.agree(opt, model.device)
 
 
 _BESIDE = {
@@ -418,7 +494,7 @@ def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> st
     return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@_tells_of_lost_ranks
+@_tells_of_losses
 def test(args: argparse.Namespace) -> int:
     """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
     if args.opt.endswith(".py"):
@@ -447,13 +523,19 @@ def weights_of(opt: dict, model: Any) -> Optional[str]:
     return getattr(model, "weights", opt["path"]["pretrain_network_g"])
 
 
-def validate_set(opt: dict, model: Any, val_set: Any, iteration: int, tb_logger: Any) -> Optional[report.Results]:
-    """Validate on a data set in training and write its table; None for a model with a validation of its own."""
+def validate_set(
+    opt: dict, model: Any, val_set: Any, iteration: int, tb_logger: Any, stop: Optional[Stop]
+) -> Optional[report.Results]:
+    """Validate on a data set in training and write its table; None for a model with a validation of its own.
+
+    Raises:
+        Stopped: on all ranks, if one was asked to stop.
+    """
     name, save_img = val_set.opt["name"], opt["val"]["save_img"]
     if not handles(model):
-        own_validation(model, val_set, iteration, tb_logger, save_img)
+        own_validation(model, val_set, iteration, tb_logger, save_img, stop)
         return None
-    results = validate(model, val_set, iteration, tb_logger, save_img)
+    results = validate(model, val_set, iteration, tb_logger, save_img, stop=stop)
     if opt["rank"] == 0:
         about = {"name": opt["name"], "dataset": name, "iteration": iteration}
         report.write_tables(results, os.path.join(opt["path"]["experiments_root"], f"metrics_{name}"), about)

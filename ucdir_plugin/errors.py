@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -51,6 +53,28 @@ class NotMeasurable(ValueError):
 
 class WriteError(UserError):
     """A file cannot be written: what follows could not be either."""
+
+
+STORAGE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "ENODEV", "ENXIO")
+    if hasattr(errno, name)
+)
+"""What the system says of a full, read-only or broken disk, or one of another machine that does not answer."""
+
+
+def free_space(path: str) -> str:
+    """Of the disk that ``path`` is on, or would be, in words."""
+    folder = os.path.abspath(path)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free"
+        if hasattr(os, "statvfs") and os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
+            free += ", but room for no more files"  # no inodes
+        return free
+    except OSError:  # the disk does not even say that
+        return "free space unknown"
 
 
 def named(key: str, reason: str) -> str:
@@ -105,6 +129,13 @@ def run_cli(main: Callable[[], int]) -> int:
         code = main() or 0
     except UserError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as err:
+        if err.errno not in STORAGE:
+            raise
+        where = err.filename if isinstance(err.filename, str) else ""
+        what = where or f"a file that is open (the output?), in {os.getcwd()} or elsewhere"
+        print(f"error: {what}: {err.strerror} ({free_space(where)})", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Iterable, Iterator
 
-from ucdir_plugin.errors import WriteError
+from ucdir_plugin.errors import WriteError, free_space
 
 # .NAME.PID.tmp of atomic_write, and .NAME.PID.part, which pipeline renames only together with an image's other files.
 _LEFTOVER = re.compile(r"\.{1,2}(?P<name>.+?)\.(?P<pid>\d+)\.(tmp|part|part\.\d+\.tmp)")
@@ -28,20 +27,56 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = os.path.abspath(os.fspath(path))
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # a disk that has become read-only, or is gone, keeps it
+                os.remove(temporary)
+            raise
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """What makes ``path`` fail.
+
+    Raises:
+        WriteError: for what the storage refuses in the block; names the path, the reason and the free space.
+    """
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as err:  # RuntimeError: torch.save's, where the disk is full
-        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MB free" if os.path.isdir(folder) else "no such folder"
-        reason = getattr(err, "strerror", None) or "writing failed"
-        raise WriteError(f"cannot write {path}: {reason} ({free})") from err
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        yield
+    except OSError as err:
+        raise WriteError(f"cannot write {path}: {err.strerror or err} ({free_space(path)})") from err
+    except RuntimeError as err:
+        if "inline_container" not in str(err):  # torch.save's, which hides the reason
+            raise
+        raise WriteError(f"cannot write {path}: writing failed ({free_space(path)})") from err
+
+
+def rename(source: str, target: str) -> None:
+    """``os.replace``.
+
+    Raises:
+        WriteError: if it cannot be done.
+    """
+    with writing(target):
+        os.replace(source, target)
+
+
+def is_gone(path: str) -> bool:
+    """Whether a file, or a folder that had content, is not there or holds nothing now: its disk is not mounted."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None
+    except NotADirectoryError:
+        return False
+    except OSError:
+        return True
 
 
 def remove_leftovers_of(paths: Iterable[str]) -> None:

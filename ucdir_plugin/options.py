@@ -305,6 +305,7 @@ class DatasetOptions(_Schema):
     num_prefetch_queue: PositiveInt = 1
     pin_memory: bool = False
     persistent_workers: bool = False
+    wait_for_data: float = Field(300.0, ge=0)  # seconds, in training, for a disk that does not answer
 
 
 class FirstStageOptions(_Schema):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ucdir_plugin import imageio, memory, sharding
 from ucdir_plugin.errors import UserError, WriteError, named
-from ucdir_plugin.files import remove_leftovers_of, write_atomically
+from ucdir_plugin.files import is_gone, remove_leftovers_of, rename, write_atomically, writing
 from ucdir_plugin.report import write_text
 from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
 from ucdir_plugin.sharding import Share
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from ucdir_plugin.blind import BlindRestorer
 
 Model = Union[Restorer, "BlindRestorer"]
+
+
+GO_ON = "what is finished is kept: run the same command again to go on"
 
 
 class Job(NamedTuple):
@@ -158,18 +161,22 @@ class _Results:
         if self.fault is not None:
             return
         record = {"input": self.job.key, "outputs": list(self.hidden), **record}
+        # The file that is renamed last goes first: without it, no mix of old and new is taken for finished.
+        stale = set(earlier["outputs"] if earlier else ()) - set(record["outputs"])
+        for name in [*stale, record["outputs"][-1]]:
+            path = os.path.join(self.folder, os.path.basename(name))
+            with writing(path), contextlib.suppress(FileNotFoundError):
+                os.remove(path)
         write_text(json.dumps(record, indent=1), f"{self.job.stem}.json")
         for name in record["outputs"]:
-            os.replace(self.hidden.pop(name), os.path.join(self.folder, name))
-        for name in set(earlier["outputs"] if earlier else ()) - set(record["outputs"]):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.folder, os.path.basename(name)))
+            rename(self.hidden[name], os.path.join(self.folder, name))
+            del self.hidden[name]
         self.finished = True
         say(f"{self.job.key} -> {os.path.join(self.folder, main_output(record))}  {record['seconds']:.1f} s")
 
     def remove_unfinished(self) -> None:
         for path in self.hidden.values():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # not there yet, or on a disk that has become read-only
                 os.remove(path)
 
 
@@ -272,7 +279,7 @@ def restore_files(
     todo = [job for job in sizes if job not in skipped]
     counted = [sizes[job] for job in todo if sizes[job][0] * sizes[job][1] <= max_pixels]
     bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend), share)
-    remove_leftovers_of([name for job in todo for name in _paths(job.stem, extension, samples, model.beside)])
+    remove_leftovers_of([name for job in sizes for name in _paths(job.stem, extension, samples, model.beside)])
     writer = _Writer()
     every: List[_Results] = []
     try:
@@ -293,10 +300,14 @@ def restore_files(
             except WriteError:
                 raise
             except (UserError, RuntimeError, MemoryError, ValueError) as err:
+                if is_gone(source):
+                    raise UserError(f"-i {source} is not there any more; {GO_ON}") from err
                 results.fault = err
             else:
                 writer.submit(results.finish, {**record, "settings": settings}, records[job], bar.say)
         writer.wait()
+    except WriteError as err:
+        raise WriteError(f"{err}; {GO_ON}") from err
     finally:
         writer.pool.shutdown()
         for results in every:

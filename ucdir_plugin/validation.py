@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Iterator, Optional
 
 import cv2
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ucdir_plugin import report
-from ucdir_plugin.errors import ImageError
+from ucdir_plugin.data.loader import PatientDataset
+from ucdir_plugin.errors import ImageError, Stopped
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.report_html import Store
@@ -73,6 +74,7 @@ def validate(
     save_img: bool = True,
     store: Optional[Store] = None,
     settings: str = "",
+    stop: Any = None,
 ) -> report.Results:
     """Restore every image of ``dataset``, measure input, initial prediction and result, log and write them.
 
@@ -84,19 +86,25 @@ def validate(
         store: keeps each image's pictures, stage or ``truth`` -> (H, W, 3) BGR uint8; those that it has of the same
             ``settings`` and files are not made again.
         settings: all that decides what comes out.
+        stop: of a training (:class:`ucdir_plugin.engine.Stop`).
 
     Returns:
         the measurements of all images, on every rank.
+
+    Raises:
+        Stopped: on all ranks, if one was asked to stop.
     """
     opt, dataset_opt = model.opt, dataset.opt
     metrics = opt["val"].get("metrics") or {}
     rank, world = opt["rank"], opt["world_size"]
-    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size=1, num_workers=0)
+    patient = PatientDataset(dataset, dataset_opt["wait_for_data"] if stop else 0)
+    loader = DataLoader(Subset(patient, range(rank, len(dataset), world)), batch_size=1, num_workers=0)
     evaluation = _evaluation(opt)
     quiet = rank != 0 or not opt["val"].get("pbar", True)
     bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=quiet or None)
     kept = 0
-    with bare_networks(model):
+    # One that is stopped waits for the others below.
+    with suppress(Stopped) if stop else nullcontext(), bare_networks(model), stop.at_once() if stop else nullcontext():
         for data in bar:
             key = sample_key(data, dataset_opt)
             stamp = f"{settings} {_state(data)}"
@@ -123,6 +131,8 @@ def validate(
             evaluation.add(key, stages, truth, images.get("lq"), files)
             for name in ("gt", "lq", "output", "initial"):
                 vars(model).pop(name, None)
+    if stop:
+        stop.agree(opt, model.device)
     if kept:
         by = f"rank {rank}: " if world > 1 else ""
         print(f"{by}{kept} images of {dataset_opt['name']} were restored by a run that stopped: kept", flush=True)

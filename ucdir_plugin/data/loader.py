@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import random
 import signal
-from typing import Any, Iterator
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ucdir_plugin.diffusion.noise import generator, key_to_seed
+from ucdir_plugin.errors import STORAGE, UserError
+from ucdir_plugin.files import is_gone
 
 
 def seed_cpu(*key: int | str) -> None:
@@ -85,17 +91,81 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def close(iterator: Iterator) -> None:
-    """End the workers of a loader's iterator, also after an error (at exit, Python would wait for them for ever)."""
+def close(iterator: Iterator, patience: float = 5.0) -> None:
+    """End the workers of a loader's iterator, also after an error (at exit, Python would wait for them for ever).
+
+    Those that hang, at a file of a disk that does not answer, are killed after ``patience`` seconds.
+    """
     shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
+    if shut_down is None:
+        return
+    kill = threading.Timer(patience, lambda: [worker.kill() for worker in iterator._workers])
+    kill.start()
+    with _unnoticed_ends():
         shut_down()
+    kill.cancel()
+
+
+@contextmanager
+def _unnoticed_ends() -> Iterator[None]:
+    """Without torch's handler, which raises when a worker is killed."""
+    if not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+class PatientDataset(Dataset):
+    """Any dataset that waits where its disk is away: an NFS mount that hangs up for a minute ends no training.
+
+    Away means that the system says so (:data:`ucdir_plugin.errors.STORAGE`), or that a folder of the options
+    (``dataroot_gt``, ``dataroot_lq``) is missing or empty. A single file that is missing is an error at once.
+
+    Args:
+        wait: for so many seconds; then the error is raised.
+    """
+
+    def __init__(self, dataset: Dataset, wait: float):
+        self.dataset, self.wait = dataset, wait
+        self.opt = getattr(dataset, "opt", {})
+
+    def __getitem__(self, key: Any) -> Any:
+        started, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                return self.dataset[key]
+            except (OSError, UserError) as err:
+                away, waited = self._away(err), time.monotonic() - started
+                if away is None:
+                    raise
+                if waited >= self.wait:
+                    raise UserError(f"{away} does not answer, waited {waited:.0f} s: {err}") from err
+                if pause == 0.1:
+                    print(f"warning: {away} does not answer: waiting up to {self.wait:.0f} s", file=sys.stderr)
+                time.sleep(min(pause, max(self.wait - waited, 0)))
+                pause = min(2 * pause, 10)
+
+    def _away(self, err: Exception) -> Optional[str]:
+        """The folder or file that does not answer, None if that is not what is wrong."""
+        roots = [value for key, value in self.opt.items() if key.startswith("dataroot") and value]
+        found = next((root for root in roots if is_gone(root)), None)
+        cause = err if isinstance(err, OSError) else err.__cause__
+        if found is None and isinstance(cause, OSError) and cause.errno in STORAGE:
+            return cause.filename or ", ".join(roots)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 def training_loader(dataset: Dataset, opt: dict, sampler: EndlessSampler) -> DataLoader:
     """An endless loader of one rank's batches, ``sampler.batch`` each, with BasicSR's loader options."""
     return DataLoader(
-        KeyedDataset(dataset, sampler.seed),
+        PatientDataset(KeyedDataset(dataset, sampler.seed), opt["wait_for_data"]),
         batch_size=sampler.batch,
         sampler=sampler,
         num_workers=opt["num_worker_per_gpu"],

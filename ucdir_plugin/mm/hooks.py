@@ -173,9 +173,17 @@ class StopHook(Hook):
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if self.stop.asked({"dist": runner.distributed}, bare(runner).task.device):
-            iteration = runner.iter + 1
-            runner.save_checkpoint(runner.work_dir, f"iter_{iteration}.pth", by_epoch=False)
-            runner.logger.info(
-                f"signal {self.stop.signal}: stopped and saved at iteration {iteration}; go on with --auto_resume"
-            )
-            runner.train_loop.stop_training = True
+            self.leave(runner, runner.iter + 1)
+
+    def leave(self, runner: Any, iteration: int) -> None:
+        """Save, if the checkpoint of this iteration is not there, and end the training."""
+        save(runner, iteration)
+        runner.logger.info(
+            f"signal {self.stop.signal}: stopped and saved at iteration {iteration}; go on with --auto_resume"
+        )
+        runner.train_loop.stop_training = True
+
+
+def save(runner: Any, iteration: int) -> None:
+    """MMEngine's checkpoint of the last iteration, whether that has been counted already or not; on all ranks."""
+    runner.save_checkpoint(runner.work_dir, f"iter_{iteration}.pth", by_epoch=iteration == runner.iter)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, Dict
+from contextlib import contextmanager, nullcontext
+from typing import Any, Dict, Iterator
 
+import torch
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from mmengine.model import is_model_wrapper
@@ -14,7 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.loader import close
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.errors import Stopped, UserError
+from ucdir_plugin.mm.hooks import save
 from ucdir_plugin.mm.metrics import flat
 from ucdir_plugin.registry import LOOPS
 from ucdir_plugin.training import parts_of
@@ -58,20 +60,41 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         validates = runner.val_loop is not None
+        hook = next((hook for hook in runner.hooks if hasattr(hook, "stop")), None)  # not in a .py configuration
+        at_once = hook.stop.at_once if hook and not runner.distributed else nullcontext
         try:
             if validates and 0 < self._iter < self._max_iters and self._iter % self.val_interval == 0:
-                runner.val_loop.run()  # a stop between saving and validating may have lost it
+                self._validate()  # a stop between saving and validating may have lost it
             while self._iter < self._max_iters and not self.stop_training:
                 runner.model.train()
-                self.run_iter(next(self.dataloader_iterator))
+                with self._between_steps(), at_once():
+                    batch = next(self.dataloader_iterator)
+                self.run_iter(batch)
                 due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
                 if validates and due and not self.stop_training:
-                    runner.val_loop.run()
+                    self._validate()
+        except Stopped:
+            hook.leave(runner, self._iter)
         finally:
             close(self.dataloader_iterator._iterator)
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
+
+    def _validate(self) -> None:
+        with self._between_steps():
+            self.runner.val_loop.run()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """What goes wrong here leaves the weights whole: it is raised when they are saved."""
+        try:
+            yield
+        except Exception:
+            # One rank alone cannot save what needs all of them.
+            if self._iter and not self.runner.distributed:
+                save(self.runner, self._iter)
+            raise
 
     def run_iter(self, data_batch: Dict[str, Any]) -> None:
         runner = self.runner
@@ -109,6 +132,10 @@ class Restoring(SRModel):
         self.weights = opt["path"].get("pretrain_network_g")
         if hasattr(self.model, "restorer"):
             self.weights = self.model.restorer.prior.file
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.task.device
 
     def feed_data(self, data: Dict[str, Any]) -> None:
         self.data, self.lq = data, data["lq"]
@@ -178,12 +205,13 @@ class RestorationLoop(BaseLoop):
         kind = Generating if self.opt["model_type"] == "DiffusionPriorModel" else Restoring
         model = kind(runner, self.opt, self.phase)
         metrics: Dict[str, float] = {}
+        stop = next((hook.stop for hook in runner.hooks if hasattr(hook, "stop")), None)
         sharded = isinstance(runner.model, FullyShardedDataParallel)  # its module has no whole weights else
         with FullyShardedDataParallel.summon_full_params(runner.model, writeback=False) if sharded else nullcontext():
             if self.phase == "test":
                 self.code = engine.test_sets(self.opt, model, self.datasets)
             for dataset in self.datasets if self.phase == "val" else ():
-                results = engine.validate_set(self.opt, model, dataset, runner.iter, None)
+                results = engine.validate_set(self.opt, model, dataset, runner.iter, None, stop)
                 found = flat(results) if results is not None else getattr(model, "losses", {})
                 several = f"{dataset.opt['name']}/" if len(self.datasets) > 1 else ""
                 metrics.update({f"{several}{name}": value for name, value in found.items()})
