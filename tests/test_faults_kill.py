@@ -207,9 +207,12 @@ def hanging(call: int) -> None:
 def slow_validation() -> None:
     def replaced(self):
         Path(f"validates{self.opt['rank']}").touch()
-        time.sleep(600)
+        time.sleep(100)
 
     UCDIRModel.test = replaced
+    import ucdir_plugin.mm.loops
+
+    ucdir_plugin.mm.loops.Restoring.test = replaced
 
 
 def in_a_session(*hooks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import math
 import os
@@ -103,7 +104,16 @@ def _lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str
     """
     sizes = {}
     try:
-        with lmdb.open(root, readonly=True, lock=False, readahead=False) as base, base.begin(buffers=True) as reader:
+        with contextlib.ExitStack() as stack:
+            base = stack.enter_context(lmdb.open(root, readonly=True, lock=False, readahead=False))
+            # Reading beyond the end of a file that is mapped into memory ends the process without a word.
+            size, whole = (
+                os.path.getsize(os.path.join(root, "data.mdb")),
+                (base.info()["last_pgno"] + 1) * base.stat()["psize"],
+            )
+            if size < whole:
+                raise UserError(f"LMDB {root} is cut short: {size} of {whole} bytes; copy it or make it again")
+            reader = stack.enter_context(base.begin(buffers=True))
             for name in some_of(list(names)):
                 image = reader.get(name.encode())
                 if image is None:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from ucdir_plugin.data.paired_dataset import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
-from ucdir_plugin.errors import UserError, WriteError, at_least_one
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.errors import UserError, WriteError, at_least_one, free_space
+from ucdir_plugin.files import remove_leftovers_of, write_atomically
 from ucdir_plugin.imageio import image_size, list_images, read_photo
 
 MAX_PIXELS = 250_000_000
@@ -132,6 +132,7 @@ def prepare(tasks: Sequence[Task], workers: int = 0) -> int:
         raise UserError(f"--workers must be 0 (one for each core) or more, got {workers}")
     _check_targets(tasks)
     todo = [task for task in tasks if not all(os.path.isfile(target) for target in task.targets)]
+    remove_leftovers_of([target for task in todo for target in task.targets])
     failed: dict[str, str] = {}
     workers = min(workers or os.cpu_count() or 1, len(todo))
     with contextlib.ExitStack() as stack:
@@ -278,15 +279,19 @@ def make_lmdb(folder: str) -> None:
     foreign = next((name for name in names if not name.isascii()), None)
     if foreign is not None:
         raise UserError(f"{os.path.join(folder, foreign)}: BasicSR's LMDBs take ASCII names only; rename it")
-    shutil.rmtree(unfinished, ignore_errors=True)
     # BasicSR's own guess is ten times the first image: too little where that one is dark.
-    size = sum(os.path.getsize(os.path.join(folder, name)) + 8192 for name in names)
+    size = 4 * sum(os.path.getsize(os.path.join(folder, name)) + 8192 for name in names) + 2**24
     try:
-        make_lmdb_from_imgs(folder, unfinished, names, keys, map_size=4 * size + 2**24)
-        os.replace(unfinished, target)
+        while not os.path.exists(target):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(lmdb.MapFullError):  # a JPEG becomes a PNG, many times as large
+                make_lmdb_from_imgs(folder, unfinished, names, keys, map_size=size)
+                os.replace(unfinished, target)
+            size *= 4
     except (lmdb.Error, OSError) as err:
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free / 2**20
-        raise WriteError(f"cannot write {target}: {err} ({free:.0f} MB free)") from err
+        raise WriteError(f"cannot write {target}: {err} ({free_space(target)})") from err
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def developed(
