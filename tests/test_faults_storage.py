@@ -27,7 +27,7 @@ from ucdir_plugin import engine, pipeline, validation
 from ucdir_plugin.data import jpeg_dataset, preparation
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
 from ucdir_plugin.errors import WriteError
-from ucdir_plugin.files import atomic_write
+from ucdir_plugin.files import write_atomically
 
 
 def mount(folder: Path, options: str) -> None:
@@ -180,8 +180,7 @@ def test_a_disk_that_breaks_while_a_file_is_written(tmp_path, monkeypatch, code)
         monkeypatch.setattr(os, name, getattr(os, name))
     full_disk(1, code)
     with pytest.raises(WriteError, match=f"cannot write {path}: {os.strerror(code)} .*MB free"):
-        with atomic_write(path) as file:
-            file.write(b"new")
+        write_atomically(b"new", path)
     assert path.read_bytes() == b"old"
 
 
@@ -190,8 +189,7 @@ def test_no_room_for_more_files(disk):
     for i in range(3):
         (folder / str(i)).touch()
     with pytest.raises(WriteError, match=r"cannot write .*No space left on device \(1 MB free, but room for no more"):
-        with atomic_write(folder / "one more"):
-            pass
+        write_atomically(b"", folder / "one more")
 
 
 def test_read_only_folders(workplace, disk):
@@ -354,7 +352,7 @@ def test_an_lmdb_on_a_full_disk(pairs, tmp_path, disk):
     for image in (tmp_path / "train" / "lq").iterdir():
         (folder / "lq").mkdir(exist_ok=True)
         (folder / "lq" / image.name).write_bytes(image.read_bytes())
-    with pytest.raises(WriteError, match=rf"cannot write {folder}/lq.lmdb: .*No space left.* \(0 MB free\)"):
+    with pytest.raises(WriteError, match=rf"cannot write {folder}/lq.lmdb: .* \(0 MB free\)"):
         preparation.make_lmdb(str(folder / "lq"))
     assert os.listdir(folder) == ["lq"]
     enlarge(folder)

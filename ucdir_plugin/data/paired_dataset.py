@@ -107,10 +107,8 @@ def _lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str
         with contextlib.ExitStack() as stack:
             base = stack.enter_context(lmdb.open(root, readonly=True, lock=False, readahead=False))
             # Reading beyond the end of a file that is mapped into memory ends the process without a word.
-            size, whole = (
-                os.path.getsize(os.path.join(root, "data.mdb")),
-                (base.info()["last_pgno"] + 1) * base.stat()["psize"],
-            )
+            size = os.path.getsize(os.path.join(root, "data.mdb"))
+            whole = (base.info()["last_pgno"] + 1) * base.stat()["psize"]
             if size < whole:
                 raise UserError(f"LMDB {root} is cut short: {size} of {whole} bytes; copy it or make it again")
             reader = stack.enter_context(base.begin(buffers=True))
