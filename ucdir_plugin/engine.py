@@ -35,7 +35,7 @@ from basicsr.utils.options import dict2str
 import ucdir_plugin
 from ucdir_plugin import compat, memory, report, report_html
 from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
-from ucdir_plugin.data.loader import EndlessSampler, close, seed_cpu, training_loader
+from ucdir_plugin.data.loader import PATIENCE, EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import Stopped, UserError, WriteError, free_space
 from ucdir_plugin.evaluation import for_basicsr_loop
@@ -182,32 +182,45 @@ class Stop:
     """SIGTERM (a cluster's) and Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
-        self.signal, self._at_once = 0, False
+        self.signal, self._leaves, self._patience = 0, False, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+        if hasattr(signal, "SIGALRM"):  # not on Windows
+            signal.signal(signal.SIGALRM, self._leave)
 
-    def _ask(self, number: int, _frame: Any) -> None:
+    def _ask(self, number: int, frame: Any) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        if self._at_once:
-            self._at_once = False
-            raise Stopped(number)
+        if self._patience and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
+        else:
+            self._leave(number, frame)
+
+    def _leave(self, _number: int, _frame: Any) -> None:
+        if self._leaves:
+            self._leaves = False
+            raise Stopped(self.signal)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self, patience: float = 0.0) -> Iterator[None]:
         """A block that may take long and changes no weights: it is left in the middle. No exchange between ranks in it.
+
+        Args:
+            patience: it is given so many seconds to come to its end.
 
         Raises:
             Stopped: where the signal comes.
         """
         try:
-            self._at_once = True
+            self._leaves, self._patience = True, patience
             if self.signal:
                 raise Stopped(self.signal)
             yield
         finally:
-            self._at_once = False
+            self._leaves, self._patience = False, 0.0
+            if patience and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agree(self, opt: dict, device: torch.device) -> None:
         """All ranks go on, or none.
@@ -400,7 +413,7 @@ def train(args: argparse.Namespace) -> int:
             validation()  # a stop between saving and validating may have lost it
         while iteration < total:
             # Ranks that wait for each other in a step can leave only after it.
-            with between_steps(), contextlib.nullcontext() if opt["dist"] else stop.at_once():
+            with between_steps(), contextlib.nullcontext() if opt["dist"] else stop.at_once(PATIENCE):
                 data = prefetcher.next()
             data_timer.record()
             step = iteration + 1

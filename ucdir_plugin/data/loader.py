@@ -18,6 +18,9 @@ from ucdir_plugin.diffusion.noise import generator, key_to_seed
 from ucdir_plugin.errors import STORAGE, UserError
 from ucdir_plugin.files import is_gone
 
+PATIENCE = 5.0
+"""Seconds that a training which is asked to stop waits for its next images, and then for the workers to end."""
+
 
 def seed_cpu(*key: int | str) -> None:
     """Seed python, numpy and torch (CPU) from a key."""
@@ -91,15 +94,15 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def close(iterator: Iterator, patience: float = 5.0) -> None:
+def close(iterator: Iterator) -> None:
     """End the workers of a loader's iterator, also after an error (at exit, Python would wait for them for ever).
 
-    Those that hang, at a file of a disk that does not answer, are killed after ``patience`` seconds.
+    Those that hang, at a file of a disk that does not answer, are killed after :data:`PATIENCE`.
     """
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is None:
         return
-    kill = threading.Timer(patience, lambda: [worker.kill() for worker in iterator._workers])
+    kill = threading.Timer(PATIENCE, lambda: [worker.kill() for worker in iterator._workers])
     kill.start()
     with _unnoticed_ends():
         shut_down()

@@ -14,7 +14,7 @@ from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
-from ucdir_plugin.data.loader import close
+from ucdir_plugin.data.loader import PATIENCE, close
 from ucdir_plugin.errors import Stopped, UserError
 from ucdir_plugin.mm.hooks import save
 from ucdir_plugin.mm.metrics import flat
@@ -61,13 +61,13 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         runner.call_hook("before_train_epoch")
         validates = runner.val_loop is not None
         hook = next((hook for hook in runner.hooks if hasattr(hook, "stop")), None)  # not in a .py configuration
-        at_once = hook.stop.at_once if hook and not runner.distributed else nullcontext
+        waits = hook is not None and not runner.distributed  # ranks in a step can leave only after it
         try:
             if validates and 0 < self._iter < self._max_iters and self._iter % self.val_interval == 0:
                 self._validate()  # a stop between saving and validating may have lost it
             while self._iter < self._max_iters and not self.stop_training:
                 runner.model.train()
-                with self._between_steps(), at_once():
+                with self._between_steps(), hook.stop.at_once(PATIENCE) if waits else nullcontext():
                     batch = next(self.dataloader_iterator)
                 self.run_iter(batch)
                 due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
