@@ -192,8 +192,8 @@ def test_either_of_two_processes_killed(undisturbed_pair, workplace):
 def hang(place: Workplace) -> None:
     """From now on images can be neither read nor left, as of a disk that does not answer."""
     for photo in (place.folder / "photos").iterdir():
-        photo.unlink()
-        os.mkfifo(photo)
+        os.mkfifo(place.folder / "pipe")
+        os.replace(place.folder / "pipe", photo)
     time.sleep(1)
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 
@@ -122,20 +121,10 @@ def newest_state(run):
     return max(states, key=lambda p: int(p.stem), default=None)
 
 
-def test_resume_after_kill(undisturbed, workplace):
-    """SIGKILL after each new checkpoint, three times; then the newest one spoilt by hand."""
+def test_resume_passes_over_a_damaged_state(undisturbed, workplace):
     place, options = undisturbed
-    path = workplace.write(options)
-    run = workplace.folder / "experiments" / "tiny"
-    for _ in range(3):
-        before = newest_state(run)
-        process = workplace.start("train.py", "-opt", path, "--auto_resume")
-        while newest_state(run) == before and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        out, err = process.communicate()
-        known = "starting tiny from scratch" if before is None else f"resuming tiny at iteration {before.stem}"
-        assert known in out, err
+    path, run = workplace.write(options), workplace.folder / "experiments" / "tiny"
+    assert workplace.run("train.py", "-opt", path, "--force_yml", "train:total_iter=9").returncode == 0
     newest = newest_state(run)
     newest.write_bytes(newest.read_bytes()[:100])
     (run / "models" / ".net_g_9.pth.1.tmp").write_bytes(b"half")
@@ -144,31 +133,6 @@ def test_resume_after_kill(undisturbed, workplace):
     assert f"passed over: checkpoint {newest}" in done.stdout
     assert not list((run / "models").glob(".*.tmp"))
     assert_same(final_state(place.folder / "experiments" / "tiny", 12), final_state(run, 12))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(workplace, number):
-    """The signal reaches the data loader's worker as well, as from a terminal or a cluster."""
-    rare = {"logger": {"save_checkpoint_freq": 10**6, "print_freq": 5}, "train": {"total_iter": 10**6}}
-    options = merged(TINY, {**rare, "datasets": {"train": {"num_worker_per_gpu": 1}}})
-    run = workplace.folder / "experiments" / "tiny"
-    process = workplace.start("train.py", "-opt", workplace.write(options))
-    while not losses(run) and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert "Traceback" not in err
-    stopped = int(newest_state(run).stem)
-    assert f"stopped and saved at iteration {stopped}; go on with --auto_resume" in err
-    more = f"train:total_iter={stopped + 3}"
-    for name, arguments in (("tiny", ["--auto_resume"]), ("whole", [])):
-        done = workplace.run(
-            "train.py", "-opt", workplace.write(options), *arguments, "--force_yml", more, f"name={name}"
-        )
-        assert done.returncode == 0, done.stderr
-    runs = [workplace.folder / "experiments" / name for name in ("whole", "tiny")]
-    assert_same(final_state(runs[0], stopped + 3), final_state(runs[1], stopped + 3))
 
 
 def test_changes_between_resumed_runs(workplace):
