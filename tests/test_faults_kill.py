@@ -381,9 +381,10 @@ def counting(start: str, last: int, log: str) -> None:
 
     Calls and returns are counted, Python's and C's, of all threads; with ``last`` 0 all, and their number is written.
     """
-    owner, name = {"train": (engine, "Stop"), "restore": (pipeline, "find_jobs")}[start]
+    owner, name = {"train": (engine, "Stop"), "restore": (pipeline, "_Writer")}[start]
     begin, end, count = getattr(owner, name), errors.run_cli, [0]
-    places = {"validate": "validating", "optimize_parameters": "in a step", "next": "reading", "run": "restoring"}
+    places = {"validate": "validating", "optimize_parameters": "in a step", "next": "reading images"}
+    places["_restore_one"] = "restoring"
     places.update(dict.fromkeys(("save", "atomic_write", "finish", "write"), "saving"))
 
     def called(frame, event, arg):
@@ -459,7 +460,7 @@ def test_a_folder_killed_twenty_times(place, record_property):
     assert done.returncode == 0
     calls, draw, before, places = int(Path("where").read_text()), random.Random(11), {}, Counter()
     for _ in range(20):
-        done = place.fork(*command, "out", before=functools.partial(hook, draw.randint(1, calls // 6), "where")).wait()
+        done = place.fork(*command, "out", before=functools.partial(hook, draw.randint(1, calls // 12), "where")).wait()
         assert done.returncode == -signal.SIGKILL, done
         places[Path("where").read_text()] += 1
         before = assert_whole(place, "out", "one", before)

@@ -217,6 +217,10 @@ class Stop:
             if self.signal:
                 raise Stopped(self.signal)
             yield
+        except Exception as err:
+            if self.signal:  # it may have ended what the block needs: the loader's workers, or what forks them
+                raise Stopped(self.signal) from err
+            raise
         finally:
             self._leaves, self._patience = False, 0.0
             if patience and hasattr(signal, "setitimer"):
