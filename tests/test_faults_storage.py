@@ -29,7 +29,7 @@ import ucdir_plugin
 from ucdir_plugin import engine, pipeline, validation
 from ucdir_plugin.data import jpeg_dataset, preparation
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
-from ucdir_plugin.errors import WriteError
+from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.files import write_atomically
 
 
@@ -235,7 +235,7 @@ def output_full() -> None:
 def test_a_full_disk_at_each_file_of_an_image(place, monkeypatch, name):
     """Result, what was learned, picture, record; in any of them nothing is left of the image."""
     os.mkdir("small")
-    cv2.imwrite("small/a.png", cv2.imread("photos/coffee.png")[:24, :24])
+    cv2.imwrite("small/a.png", cv2.imread("photos/coffee.png")[:16, :16])
     few = {"bird": {"task": "deblur"}, "sampling": {"steps": 1}} if name == "bird" else {}
     model = ucdir_plugin.load_model(name, **few)
     assert pipeline.restore_files(model, "small", "one") == 0
@@ -287,7 +287,7 @@ def vanishing(call: int) -> None:
 
 
 # Calls: 4 a step, 3 a validation, which comes after two steps.
-@pytest.mark.parametrize("call", [6, 10])
+@pytest.mark.parametrize("call", [6, pytest.param(10, marks=pytest.mark.campaign)])
 def test_data_that_go_away_and_come_back(undisturbed, workplace, call):
     process = workplace.fork("train.py", "-opt", workplace.write(OPTIONS), before=functools.partial(vanishing, call))
     warning = "warning: photos does not answer: waiting up to 300 s"
@@ -394,13 +394,25 @@ def test_another_map_size_in_the_file_does_not_matter(pairs, tmp_path, size):
     assert all(dataset[i]["lq"].shape == (3, 40, 40) for i in range(20))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def cut(pairs, share: float) -> None:
+    file = os.path.join(pairs["dataroot_gt"], "data.mdb")
+    os.truncate(file, int(share * os.path.getsize(file)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_an_lmdb_without_content(pairs, tmp_path, share):
+    preparation.make_pair_lmdbs(str(tmp_path))
+    cut(pairs, share)
+    with pytest.raises(UserError, match="gt.lmdb cannot be read: .*make it again"):
+        PairedRestorationDataset(pairs)
+
+
+@pytest.mark.parametrize("share", [0.99, pytest.param(0.5, marks=pytest.mark.campaign)])
 def test_an_lmdb_that_is_cut_short_is_one_line(pairs, tmp_path, workplace, share):
     """Reading beyond the end of a file that is mapped into memory ends a process without a word (SIGBUS)."""
     preparation.make_pair_lmdbs(str(tmp_path))
-    file = tmp_path / "train" / "gt.lmdb" / "data.mdb"
-    os.truncate(file, int(share * file.stat().st_size))
+    cut(pairs, share)
     options = merged(TINY, {"datasets": {"train": {**pairs, "quality": None, "gt_size": 16}}})
     del options["datasets"]["train"]["phase"]
     done = workplace.run("train.py", "-opt", workplace.write(options))
-    assert_one_line_error(done, f"LMDB {tmp_path}/train/gt.lmdb", "make it again")
+    assert_one_line_error(done, f"LMDB {tmp_path}/train/gt.lmdb is cut short", "make it again")
