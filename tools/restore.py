@@ -77,7 +77,7 @@ def main() -> int:
         source, bird["observations"] = first, others or None
     if not source:
         raise UserError("-i is missing: an image, or a folder with images in it")
-    from ucdir_plugin import memory, restorer, sharding
+    from ucdir_plugin import imageio, memory, restorer, sharding
     from ucdir_plugin.options import read_assignments
     from ucdir_plugin.pipeline import restore_files
 
@@ -101,7 +101,7 @@ def main() -> int:
         blend=args.blend,
         condition=read_assignments(args.condition, "--condition"),
         overwrite=args.overwrite,
-        max_pixels=int(args.max_pixels or restorer.MAX_PIXELS),
+        max_pixels=int(args.max_pixels or imageio.MAX_PIXELS),
         scratch=args.scratch,
         share=share,
     )

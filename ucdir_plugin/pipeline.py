@@ -28,7 +28,7 @@ from ucdir_plugin import imageio, memory, sharding
 from ucdir_plugin.errors import UserError, WriteError, named
 from ucdir_plugin.files import remove_leftovers_of, write_atomically
 from ucdir_plugin.report import write_text
-from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+from ucdir_plugin.restorer import Moments, Restorer, cost, versions
 from ucdir_plugin.sharding import Share
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def restore_files(
     blend: float = 1.0,
     condition: Optional[Mapping[str, Any]] = None,
     overwrite: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = imageio.MAX_PIXELS,
     scratch: Optional[str] = None,
     share: Optional[Share] = None,
 ) -> int:

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 TILE = 1024
 """Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
 
-MAX_PIXELS = 250_000_000
-
 _ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 """The sampling options that mean something for a network without diffusion."""
 
@@ -477,7 +475,7 @@ def restore(
     blend: float = 1.0,
     condition: Optional[Mapping[str, Any]] = None,
     key: Optional[str] = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = imageio.MAX_PIXELS,
 ) -> Restored:
     """Restore one image.
 

@@ -25,10 +25,7 @@ from ucdir_plugin.data.paired_dataset import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.errors import UserError, WriteError, at_least_one
 from ucdir_plugin.files import write_atomically
-from ucdir_plugin.imageio import image_size, list_images, read_photo
-
-MAX_PIXELS = 250_000_000
-"""The most that a source may have."""
+from ucdir_plugin.imageio import MAX_PIXELS, image_size, list_images, read_photo
 
 
 class Task(NamedTuple):
