@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import typing
+import zipfile
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -25,7 +26,7 @@ from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.diffusion.tasks import TASKS, Settings, Task, ablation, preset, task_named
 from ucdir_plugin.errors import ImageError, UserError, did_you_mean
 from ucdir_plugin.options import BirdOptions, FirstStageOptions, check_call, read_options
-from ucdir_plugin.restorer import Drawn, load_model
+from ucdir_plugin.restorer import Drawn, check_samples, load_model
 
 TILE = 1024
 """Longest side of a patch for a prior that was not trained for one size."""
@@ -127,7 +128,7 @@ def _kernel_file(path: str) -> np.ndarray:
                 raise UserError(f"option bird:blur:file: {path}: one array (k, k) of real numbers is expected")
             return found.astype(np.float64)
         return imageio.read_photo(path, imageio.MAX_PIXELS).pixels[..., 0].astype(np.float64)
-    except (OSError, ValueError, EOFError) as err:
+    except (OSError, ValueError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile) as err:
         raise UserError(f"option bird:blur:file: {path} cannot be read: {err}") from err
 
 
@@ -312,8 +313,7 @@ class BlindRestorer:
         Raises:
             UserError: for what has no meaning here.
         """
-        if samples < 1:
-            raise UserError(f"samples must be at least 1, got {samples}")
+        check_samples(samples)
         if blend != 1:
             raise UserError("blend has no meaning for BIR-D, which predicts nothing first; leave it out")
         if condition:

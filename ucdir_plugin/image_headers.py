@@ -102,7 +102,7 @@ def read_header(file: BinaryIO) -> Header | None:
 def jpeg_fault(content: bytes) -> str | None:
     """Whether a JPEG is made to take long: each of a progressive one's scans may refine all of its pixels."""
     at, scans, progressive = 2, 0, False
-    while 0 < len(content) - at >= 4:
+    while at + 4 <= len(content):
         kind = content[at + 1]
         progressive |= kind in (0xC2, 0xCA)
         if content[at] != 0xFF or kind == 0xD9 or (kind == 0xDA and not progressive):

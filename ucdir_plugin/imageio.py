@@ -378,6 +378,18 @@ def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
+def check_inside(name: str, where: str) -> str:
+    """A name of an image, relative to its folder, which names its results too; returns it.
+
+    Raises:
+        UserError: if it leads out of the folder.
+    """
+    parts = os.path.normpath(name).split(os.sep)
+    if os.path.isabs(name) or os.path.splitdrive(name)[0] or parts[0] in ("..", ".") or "\0" in name:
+        raise UserError(f"{where}: {name!r} leads out of its folder, where its results would be written; rename it")
+    return name
+
+
 def list_images(folder: str, what: str, skip: str | None = None) -> list[str]:
     """Paths relative to ``folder`` of the images in it and below, sorted; hidden files are left out.
 

@@ -88,8 +88,10 @@ def same_settings(folder: str, **settings: Any) -> None:
     except FileNotFoundError:
         write_atomically(json.dumps(settings).encode(), path)
         return
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"{path} cannot be read: remove the folder to prepare it again") from err
+    if not isinstance(before, dict):
+        raise UserError(f"{path} holds no settings: remove the folder to prepare it again")
     for key, value in settings.items():
         if before.get(key) != value:
             was, now = (f"no --{key}" if v is None else f"--{key} {v}" for v in (before.get(key), value))
