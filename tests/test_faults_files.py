@@ -9,7 +9,6 @@ import time
 import zlib
 from pathlib import Path
 
-import cv2
 import lmdb
 import numpy as np
 import pytest
@@ -17,7 +16,21 @@ import torch
 from conftest import TINY, merged
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_imageio import KINDS, LOSSY, PROFILES, chunk, colours, encoded, exif, noise, palette_png, rgb, saved, unit, wide
+from test_imageio import (
+    KINDS,
+    LOSSY,
+    PROFILES,
+    chunk,
+    colours,
+    encoded,
+    exif,
+    noise,
+    palette_png,
+    rgb,
+    saved,
+    unit,
+    wide,
+)
 
 from ucdir_plugin import imageio, memory
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
@@ -168,7 +181,24 @@ def test_further_kinds_and_sizes_are_read(tmp_path, record_property):
     record_property("further kinds, read exactly", len(found))
 
 
-WRONG = {".png": "JPEG RGB", ".jpg": "PNG RGB", ".tif": "WebP RGB", ".webp": "TIFF RGB", ".bmp": "PPM", ".ppm": "BMP RGB"}
+def test_a_packed_tiff_with_damage_inside_is_refused(tmp_path):
+    """OpenCV leaves black what it cannot unpack of 8 bits, and says nothing."""
+    image = noise(64, 64)[..., 0]
+    packed = zlib.compress(image.tobytes())
+    for data in (packed[: len(packed) // 2], packed[:50] + bytes(50) + packed[100:]):
+        err = look(tiles(64, 64, 64, data), tmp_path / "a.tif")
+        assert "cannot be decoded" in str(err)
+    assert not isinstance(look(tiles(64, 64, 64, packed), tmp_path / "a.tif"), UserError)
+
+
+WRONG = {
+    ".png": "JPEG RGB",
+    ".jpg": "PNG RGB",
+    ".tif": "WebP RGB",
+    ".webp": "TIFF RGB",
+    ".bmp": "PPM",
+    ".ppm": "BMP RGB",
+}
 
 
 def test_the_content_counts_not_the_extension(tmp_path):
@@ -313,12 +343,12 @@ BOMBS = {
     "TIFF, 10^8 x 10^8": (lambda: tiff_of(10**8, 10**8, bytes(8), t259=1, t273=8, t278=10, t279=8), "pixels"),
     "TIFF, a tile of 64 million pixels": (lambda: tiles(10, 10, 8192, zlib.compress(bytes(2**26))), "tiles of 8192x8192"),
     "TIFF, a tile of 2^40 pixels": (lambda: tiles(10, 10, 2**20, bytes(9)), "tiles of"),
-    "TIFF, 65535 channels": (lambda: tiff_of(9, 9, bytes(9), t277=65535, t273=8, t278=9, t279=9), "65535 channels"),
+    "TIFF, 65535 channels": (lambda: tiff_of(9, 9, bytes(9), t277=65535, t273=8, t278=9, t279=9), "less data|channels"),
     "TIFF, larger than its data": (
-        lambda: tiff_of(15000, 15000, zlib.compress(b""), t273=8, t278=15000, t279=9), "cannot be decoded"),
+        lambda: tiff_of(15000, 15000, zlib.compress(b""), t273=8, t278=15000, t279=9), "less data"),
     "TIFF, a million tags": (lambda: b"II*\0" + struct.pack("<IH", 8, 65535) + bytes(100), "cannot be decoded"),
     "TIFF, a tag of 2^32 numbers": (
-        lambda: tiff_of(9, 9, bytes(9))[:-16] + struct.pack("<HHII", 34675, 7, 2**32 - 1, 8) + bytes(4), "cannot be"),
+        lambda: tiff_of(9, 9, bytes(9))[:-16] + struct.pack("<HHII", 34675, 7, 2**32 - 1, 8) + bytes(4), "cannot be|less data"),
     "WebP, header of another size": (
         lambda: (w := saved(rgb(noise()), "WEBP", lossless=True))[:21] + b"\xff" * 4 + w[25:], "cannot be decoded"),
 }  # fmt: skip
@@ -375,7 +405,9 @@ def test_odd_names_and_no_files_through_restore(place):
     done = place.run("restore.py", "-opt", "options.yml", "-i", "in", "-o", "out", "--steps", "1")
     assert done.returncode == 1, done.stdout + done.stderr
     lines = refusals(done)
-    assert len(lines) == len(bad) and all(any(line.startswith(f"failed: {b}: ") or f"/{b} " in line for b in bad) for line in lines)
+    assert len(lines) == len(bad) and all(
+        any(line.startswith(f"failed: {b}: ") or f"/{b} " in line for b in bad) for line in lines
+    )
     assert any("pipe.png" in line and "pipe or a device" in line for line in lines)
     assert "\x1b" not in done.stdout + done.stderr and "\x07" not in done.stdout
     stems = {os.path.splitext(name)[0] for name, fine in entries.items() if fine}
@@ -397,7 +429,9 @@ def test_a_name_too_long_for_its_results_fails_alone(place):
     assert sorted(os.listdir("out")) == ["a.json", "a_mean.png", "a_sample1.png", "a_sample2.png", "a_spread.png"]
 
 
-@pytest.mark.parametrize("record", [b"[" * 10**5, b"{", b"1" * 5000, b"\xff", b'{"input": "a.png", "outputs": ["../../x"], "settings": 1}'])
+@pytest.mark.parametrize(
+    "record", [b"[" * 10**5, b"{", b"1" * 5000, b"\xff", b'{"input": "a.png", "outputs": ["../../x"], "settings": 1}']
+)
 def test_records_of_any_kind_beside_results(tmp_path, record):
     from ucdir_plugin.pipeline import read_record
 
@@ -447,7 +481,12 @@ def test_lmdbs_cut_at_every_tenth(tmp_path, record_property):
 
 def test_bad_images_in_lmdbs(tmp_path, record_property):
     good, count = saved(rgb(noise(16, 16)), "PNG"), 0
-    bad = {**{k: v[0] for k, v in FOREIGN.items()}, "cut": good[:-60], "bomb": real_bomb(), "large": png_of(30000, 9000)}
+    bad = {
+        **{k: v[0] for k, v in FOREIGN.items()},
+        "cut": good[:-60],
+        "bomb": real_bomb(),
+        "large": png_of(30000, 9000),
+    }
     for number, (name, content) in enumerate(bad.items()):
         folder = tmp_path / str(number)
         for kind, image in (("gt", good), ("lq", content)):
@@ -459,7 +498,7 @@ def test_bad_images_in_lmdbs(tmp_path, record_property):
     record_property("bad images in LMDBs", count)
 
 
-OUTSIDE = ["../../x", "/tmp/x", "a/../../../x", "..", "a\0b"]
+OUTSIDE = ["../../x", "/tmp/x", "a/../../../x", "../x", "a\0b"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -596,8 +635,21 @@ def test_bad_files_through_the_other_tools(place, record_property):
         Path(f"{name}/lq/1.png").write_bytes(content)
         sets = {"train": {"dataroot_gt": f"{name}/set"}, "val": {"dataroot_gt": f"{name}/set"}}
         options = place.write(merged(TINY, {"name": name, "datasets": sets, "train": {"total_iter": 3}}), "bad.yml")
-        pairs = {"type": "PairedRestorationDataset", "dataroot_lq": f"{name}/lq", "dataroot_gt": f"{name}/gt", "quality": None}
-        test = merged(TINY, {"name": name, "train": None, "datasets": {"train": None, "val": pairs}, "path": {"pretrain_network_g": "net.pth"}})
+        pairs = {
+            "type": "PairedRestorationDataset",
+            "dataroot_lq": f"{name}/lq",
+            "dataroot_gt": f"{name}/gt",
+            "quality": None,
+        }
+        test = merged(
+            TINY,
+            {
+                "name": name,
+                "train": None,
+                "datasets": {"train": None, "val": pairs},
+                "path": {"pretrain_network_g": "net.pth"},
+            },
+        )
         paired = place.write(test, "paired.yml")
         for tool, *args in (
             ("train.py", "-opt", options),
@@ -629,4 +681,3 @@ def test_pictures_of_a_stopped_run_that_are_damaged(tmp_path):
     for tenth in range(10):
         file.write_bytes(content[: len(content) * tenth // 10])
         assert store.find("a", "s") is None, tenth
-    assert cv2.imread(str(file)) is None

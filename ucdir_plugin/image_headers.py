@@ -25,6 +25,13 @@ _DESCRIPTIVE_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 34
 
 _TEXT = 2**24  # bytes of a PNG's packed profile or text: edited photographs pass Pillow's limit of 2^20
 _TILE = 2**24  # pixels
+_RATIOS = {
+    1: 2,
+    5: 4096,
+    8: 1040,
+    32773: 64,
+    32946: 1040,
+}  # to which they can pack; unpacked: colours of half the resolution
 _SCANS = 100  # of a progressive JPEG; usual are 10, and each costs as much time as an image of its own
 _DIGITS = re.compile(rb"P([1-6])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # behind a scan's data
@@ -33,7 +40,8 @@ _limits = threading.Lock()
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level."""
+    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level;
+    ``packed``: of a TIFF whose damage OpenCV would not tell."""
 
     kind: str
     height: int
@@ -46,6 +54,7 @@ class Header:
     icc_profile: bytes | None = None
     transparent: int | None = None
     fault: str | None = None
+    packed: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -149,7 +158,11 @@ def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> Header:
     alpha = photometric in (0, 1, 2) and (1 in extra or 2 in extra)
     tile, (width, height) = (int(tags.get(322, 0)), int(tags.get(323, 0))), (int(tags[256]), int(tags[257]))
     fault = None
-    if samples > 8:
+    packing = tags.get(259, 1)
+    stored = sum(tags.get(279) or tags.get(325) or ())
+    if stored and packing in _RATIOS and width * height * samples * bits > 8 * _RATIOS[packing] * stored:
+        fault = "less data than its size needs"
+    elif samples > 8:
         fault = f"{samples} channels"
     elif tile[0] * tile[1] > max(_TILE, 4 * width * height):  # unpacked whole, however small the image is
         fault = f"tiles of {tile[0]}x{tile[1]} pixels"
@@ -171,6 +184,7 @@ def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> Header:
         exif=_tiff_exif(file),
         icc_profile=tags.get(34675),
         fault=fault,
+        packed=bits <= 8 and packing != 1,
     )
 
 

@@ -126,10 +126,25 @@ def _decode(content: bytes, path: str, header: Header) -> np.ndarray:
         image = _imdecode(content, path, flags | cv2.IMREAD_IGNORE_ORIENTATION)
         image = np.ascontiguousarray(_upright(image, header.orientation))
     else:
+        if header.packed:
+            _check_unpacks(content, path)
         image = _imdecode(content, path, flags)
     if image.shape != (*header.size, 3):  # as by a tag that is there twice
         raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
     return image
+
+
+def _check_unpacks(content: bytes, path: str) -> None:
+    """
+    Raises:
+        UserError: if parts of a TIFF cannot be unpacked, which OpenCV leaves black, without a word.
+    """
+    try:
+        with any_size(), Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error) as err:
+        if "decoder error" in str(err) or "truncated" in str(err):  # else it is of a kind that Pillow does not know
+            raise UserError(_DAMAGED.format(path)) from err
 
 
 def _unit(pixels: np.ndarray) -> np.ndarray:
