@@ -158,8 +158,8 @@ def repeating():
 
 
 LIES = {
-    "a.pth: packed 500 MB": lambda: small_zip(**{"0": bytes(500_000_000)}),
-    "b.pth: packed pickle": lambda: small_zip(**{"data.pkl": bytes(300_000_000)}),
+    "a.pth: packed 200 MB": lambda: small_zip(**{"0": bytes(200_000_000)}),
+    "b.pth: packed pickle": lambda: small_zip(**{"data.pkl": bytes(200_000_000)}),
     "c.pth: one number repeated": lambda: saved({"params": {"a": torch.zeros(1).expand(10**6, 10**6)}}),
     "d.pth: no numbers": lambda: saved({"params": {"a": torch.empty(10**6, 10**6, device="meta")}}),
     "e.pth: sparse": lambda: saved({"params": {"a": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}}),
@@ -188,7 +188,7 @@ def test_files_that_lie_about_their_sizes(here, name):
     for load in loaders(file).values():
         err, peak, _ = forked(load)
         assert isinstance(err, UserError) and file in str(err) and len(str(err).splitlines()) == 1, err
-        assert peak < 2**28
+        assert peak < 2**27
 
 
 @pytest.mark.parametrize("extension", [".pth", ".safetensors", ".state"])
@@ -407,7 +407,7 @@ def test_names_of_runs_stay_in_their_folder(name):
 
 
 def test_usual_names_are_taken():
-    for name in ("demo", "a b", "x4-2.1", "Gänse", "lr=1e-4", "a:b"):
+    for name in ("demo", "a b", "x4-2.1", "Gänse", "lr=1e-4", "run:b"):
         assert check_options(merged(TINY, {"name": name}), True)["name"] == name
 
 
@@ -433,6 +433,7 @@ def test_a_report_runs_no_script_of_a_name(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ absurd sizes
 U = TINY["network_g"]
+SWIN = {"type": "SwinIR", "img_size": 56, "embed_dim": 12, "depths": [2], "num_heads": [2]}
 NETWORKS = {
     "100,000 channels": merged(U, {"denoiser": {"inner_channel": 100_000}}),
     "10^12 channels": merged(U, {"denoiser": {"inner_channel": 10**12}}),
@@ -459,7 +460,7 @@ def test_the_estimate_is_the_networks_size(monkeypatch):
     from ucdir_plugin.registry import build_arch
 
     state = torch.get_rng_state()
-    for cfg in (U, {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3}, {"type": "SwinIR"}):
+    for cfg in (U, {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8}, SWIN):
         net = build_arch(cfg)
         count = sum(t.numel() for t in [*net.parameters(), *net.buffers()])
         monkeypatch.setattr(memory, "available", lambda n=count: 4 * 5 * n)

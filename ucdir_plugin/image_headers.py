@@ -25,13 +25,8 @@ _DESCRIPTIVE_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 34
 
 _TEXT = 2**24  # bytes of a PNG's packed profile or text: edited photographs pass Pillow's limit of 2^20
 _TILE = 2**24  # pixels
-_RATIOS = {
-    1: 2,
-    5: 4096,
-    8: 1040,
-    32773: 64,
-    32946: 1040,
-}  # to which they can pack; unpacked: colours of half the resolution
+# The most that LZW, deflate and run lengths pack; 1, unpacked: colours may be of half the resolution.
+_RATIOS = {1: 2, 5: 4096, 8: 1040, 32773: 64, 32946: 1040}
 _SCANS = 100  # of a progressive JPEG; usual are 10, and each costs as much time as an image of its own
 _DIGITS = re.compile(rb"P([1-6])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # behind a scan's data

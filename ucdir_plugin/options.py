@@ -89,22 +89,25 @@ def check_plain(content: Any, where: str) -> None:
         UserError: for what is nested too deeply or, through anchors that repeat each other, too much; keys that are no
             text; NaN, infinite and very large numbers; texts with control characters.
     """
+
+    def fault(place: tuple, message: str) -> None:
+        raise UserError(f"{where}: option {printable(':'.join(map(str, place)))}: {message}")
+
     left, stack = _VALUES, [((), content)]
     while stack:
         place, value = stack.pop()
-        option = f"{where}: option {printable(':'.join(map(str, place)))}"
         inner: list = []
         if isinstance(value, Mapping):
-            wrong = next((key for key in value if not isinstance(key, str)), None)
-            if wrong is not None:
-                raise UserError(f"{option}: the key {wrong!r} must be text: put quotes around it")
+            for key in value:
+                if not isinstance(key, str):
+                    fault(place, f"the key {key!r} must be text: put quotes around it")
             inner = list(value.items())
         elif isinstance(value, (list, tuple)):
             inner = list(enumerate(value))
         elif isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise UserError(f"{option}: {value} is no number to compute with")
+            fault(place, f"{value} is no number to compute with")
         elif isinstance(value, str) and printable(text := re.sub(r"[\n\t]", "", value)) != text:
-            raise UserError(f"{option}: {value!r} has control characters; remove them")
+            fault(place, f"{value!r} has control characters; remove them")
         left -= len(inner)
         if left < 0 or len(place) > _DEPTH:
             raise UserError(f"{where}: more than {_VALUES} values or {_DEPTH} levels, anchors counted, are no options")

@@ -146,9 +146,14 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
     from diffusers import UNet2DModel
 
     try:
-        net = UNet2DModel.from_pretrained(here, use_safetensors=True, local_files_only=True)
+        net, told = UNet2DModel.from_pretrained(
+            here, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as err:
         raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err  # a configuration of any kind
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # which diffusers fills with random numbers
+        if told.get(fault):
+            raise UserError(f"prior {folder}: its weights are not of its config.json: {fault}: {told[fault][0]}, ...")
     ready = _ready(net, device)
     size = config.get("sample_size")
     prior = NetworkPrior(
@@ -185,8 +190,8 @@ def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
     try:
         steps = int(scheduler.get("num_train_timesteps", 1000))
         start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
-        if steps > 1_000_000:
-            raise ValueError(f"{steps} steps")
+        if steps > 1_000_000 or not 0 < start <= end < 1:
+            raise ValueError(f"{steps} steps from {start} to {end}")
         if scheduler.get("trained_betas") is not None:
             return NoiseSchedule(np.asarray(scheduler["trained_betas"], dtype=np.float64))
         if kind == "linear":
