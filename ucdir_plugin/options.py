@@ -30,7 +30,12 @@ _TEXT, _VALUES, _DEPTH = 2**20, 100_000, 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice, and endless brackets."""
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        if self.flow_level > _DEPTH:  # the time grows with the square
+            raise UserError(f"line {self.line + 1}: nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 _Loader.add_implicit_resolver(

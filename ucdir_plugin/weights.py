@@ -174,8 +174,8 @@ def _check_tensors(content: Any, path: str, size: int) -> None:
                     " by number; save its state_dict alone, of dense tensors"
                 )
             continue
-        inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple, set)) else ()
-        found = [part for part in inner if isinstance(part, (torch.Tensor, Mapping, list, tuple, set))]
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+        found = [part for part in inner if isinstance(part, (torch.Tensor, dict, list, tuple, set))]
         left -= len(found)
         if left < 0:
             raise UserError(f"checkpoint {path} is refused: what it holds repeats itself without end")
