@@ -121,6 +121,17 @@ def jpeg_fault(content: bytes) -> str | None:
     return f"more than {_SCANS} scans" if scans > _SCANS else None
 
 
+def png_is_cut(content: bytes) -> bool:
+    """Whether a chunk is said to be longer than what is left of the file; OpenCV 5 takes memory for it, up to 4 GB."""
+    at = 8
+    while at + 8 <= len(content):
+        name = content[at + 4 : at + 8]
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+        if at > len(content) or name == b"IEND":
+            break
+    return at > len(content)
+
+
 def _ppm_fault(file: BinaryIO) -> str | None:
     """OpenCV reads the numbers as they are, whatever stands for white."""
     file.seek(0)

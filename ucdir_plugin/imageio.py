@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.image_headers import EXIF, Header, any_size, jpeg_fault, read_header
+from ucdir_plugin.image_headers import EXIF, Header, any_size, jpeg_fault, png_is_cut, read_header
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MAX_PIXELS = 250_000_000
@@ -61,6 +61,11 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _imdecode(content: bytes, path: str, flags: int) -> np.ndarray:
     """cv2.imdecode of an image of 8 or 16 bits without sign or of float, which becomes float32 in [0, 1]."""
+    fault = jpeg_fault(content) if content[:2] == b"\xff\xd8" else None
+    if fault:
+        raise UserError(_FAULT.format(path, "JPEG", fault))
+    if content[:4] == b"\x89PNG" and png_is_cut(content):
+        raise UserError(_DAMAGED.format(path))
     level = cv2.utils.logging.setLogLevel(0)  # what it has to say becomes our one line
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
@@ -113,9 +118,6 @@ def _header(file: BinaryIO, path: str, max_pixels: int, cure: str) -> Header:
 def _decode(content: bytes, path: str, header: Header) -> np.ndarray:
     """(H, W, 3) BGR, upright; dtype as in :func:`_imdecode`."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    fault = jpeg_fault(content) if content[:2] == b"\xff\xd8" else None
-    if fault:
-        raise UserError(_FAULT.format(path, "JPEG", fault))
     if header.bits > 16:  # of float OpenCV converts no channels
         image = _imdecode(content, path, cv2.IMREAD_UNCHANGED)
         if image.ndim == 2:
