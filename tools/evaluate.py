@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.errors import UserError, named, printable, run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def main() -> int:
     print(report.markdown_table(results))
     print(f"table: {os.path.join(output, 'metrics')}.md .csv .json; report: {os.path.join(output, 'report.html')}")
     for key, reason in failed.items():
-        print(f"error: {key}: {reason}", file=sys.stderr)
+        print(f"error: {printable(named(key, reason))}", file=sys.stderr)
     return 1 if failed else 0
 
 

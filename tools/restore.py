@@ -13,7 +13,7 @@ Under torchrun or slurm's srun each process restores its share of the folder; wh
 import argparse
 import sys
 
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.errors import UserError, printable, run_cli
 
 BIRD = ("task", "prior", "preset", "noise", "mask")
 """Options that are keys of ``bird:``."""
@@ -77,10 +77,12 @@ def main() -> int:
         source, bird["observations"] = first, others or None
     if not source:
         raise UserError("-i is missing: an image, or a folder with images in it")
-    from ucdir_plugin import memory, restorer, sharding
+    from ucdir_plugin import imageio, memory, restorer, sharding
     from ucdir_plugin.options import read_assignments
     from ucdir_plugin.pipeline import restore_files
 
+    if args.max_pixels is not None and not 1 <= args.max_pixels < 2**63:
+        raise UserError(f"--max-pixels: a number of pixels is expected, got {args.max_pixels}")
     memory.keep_freed_memory()
     share = sharding.own_share()
     sampling = read_assignments(args.set, "--set")
@@ -91,7 +93,7 @@ def main() -> int:
         args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
     )
     for name, text in model.notes.items() if share.rank == 0 else ():
-        print(f"{model.about['model']}: {name}: {text}")
+        print(printable(f"{model.about['model']}: {name}: {text}"))
     return restore_files(
         model,
         source,
@@ -101,7 +103,7 @@ def main() -> int:
         blend=args.blend,
         condition=read_assignments(args.condition, "--condition"),
         overwrite=args.overwrite,
-        max_pixels=int(args.max_pixels or restorer.MAX_PIXELS),
+        max_pixels=int(args.max_pixels or imageio.MAX_PIXELS),
         scratch=args.scratch,
         share=share,
     )

@@ -25,7 +25,7 @@ from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.diffusion.tasks import TASKS, Settings, Task, ablation, preset, task_named
 from ucdir_plugin.errors import ImageError, UserError, did_you_mean
 from ucdir_plugin.options import BirdOptions, FirstStageOptions, check_call, read_options
-from ucdir_plugin.restorer import MAX_PIXELS, Drawn, load_model
+from ucdir_plugin.restorer import Drawn, check_samples, load_model
 
 TILE = 1024
 """Longest side of a patch for a prior that was not trained for one size."""
@@ -126,8 +126,10 @@ def _kernel_file(path: str) -> np.ndarray:
             if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
                 raise UserError(f"option bird:blur:file: {path}: one array (k, k) of real numbers is expected")
             return found.astype(np.float64)
-        return imageio.read_photo(path, MAX_PIXELS).pixels[..., 0].astype(np.float64)
-    except (OSError, ValueError, EOFError) as err:
+        return imageio.read_photo(path, imageio.MAX_PIXELS).pixels[..., 0].astype(np.float64)
+    except UserError:
+        raise
+    except Exception as err:  # numpy raises a dozen types for damaged files
         raise UserError(f"option bird:blur:file: {path} cannot be read: {err}") from err
 
 
@@ -312,8 +314,7 @@ class BlindRestorer:
         Raises:
             UserError: for what has no meaning here.
         """
-        if samples < 1:
-            raise UserError(f"samples must be at least 1, got {samples}")
+        check_samples(samples)
         if blend != 1:
             raise UserError("blend has no meaning for BIR-D, which predicts nothing first; leave it out")
         if condition:
@@ -441,7 +442,7 @@ class BlindRestorer:
         """
         more = []
         for where in self.options.observations or ():
-            photo = imageio.read_photo(self._partner(where, key, "observation"), MAX_PIXELS)
+            photo = imageio.read_photo(self._partner(where, key, "observation"), imageio.MAX_PIXELS)
             more.append(imageio.to_tensor(photo))
             if more[-1].shape[-2:] != size:
                 h, w = more[-1].shape[-2:]
@@ -482,7 +483,7 @@ class BlindRestorer:
             return None
         if stage.images is not None:
             image = imageio.to_tensor(
-                imageio.read_photo(self._partner(stage.images, key, "first stage's image"), MAX_PIXELS)
+                imageio.read_photo(self._partner(stage.images, key, "first stage's image"), imageio.MAX_PIXELS)
             )
         else:
             image = next(self.first.run(lq.clone(), key, seed=seed).samples)
@@ -549,7 +550,7 @@ def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.T
     Raises:
         ImageError: if it is of another size, or leaves nothing of the image.
     """
-    photo = imageio.read_photo(path, MAX_PIXELS)
+    photo = imageio.read_photo(path, imageio.MAX_PIXELS)
     height, width = photo.pixels.shape[:2]
     if (height, width) != tuple(size):
         raise ImageError(f"mask {path} is {width}x{height}, the image {size[1]}x{size[0]}: they must have one size")

@@ -41,6 +41,7 @@ from ucdir_plugin.errors import Stopped, UserError, WriteError, free_space
 from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options, option_text, share_batch
 from ucdir_plugin.restorer import versions
+from ucdir_plugin.sizing import check_options_fit
 from ucdir_plugin.validation import bare_networks, handles, validate
 from ucdir_plugin.weights import find_weights, sha256_of
 
@@ -102,6 +103,7 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
     for key, value in path.items():
         if isinstance(value, str):
             path[key] = os.path.expanduser(value)
+    check_options_fit(opt, is_train)
     opt["root_path"] = os.getcwd()
     root = os.path.join(opt["root_path"], "experiments" if is_train else "results", opt["name"])
     path.update(log=root, visualization=os.path.join(root, "visualization"))

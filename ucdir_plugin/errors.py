@@ -11,7 +11,18 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 from typing import Any, Callable, Iterable, Optional
+
+
+def printable(text: str) -> str:
+    """With escapes for what would break a line or steer a terminal: names of files may hold anything."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNPRINTABLE else char for char in text
+    )
+
+
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (as to turn the direction), half a character, lines
 
 
 class UserError(Exception):
@@ -20,7 +31,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         text = " ".join(super().__str__().split())
         # A DataLoader worker re-raises with its traceback as the message: keep the last statement of it.
-        return text.rsplit("UserError: ", 1)[-1]
+        return printable(text.rsplit("UserError: ", 1)[-1])
 
 
 class Stopped(BaseException):
@@ -125,6 +136,8 @@ def run_cli(main: Callable[[], int]) -> int:
     never merged), and one that asks for the interpreter's lock while it shuts down aborts the whole process.
     """
     signal.signal(signal.SIGTERM, _stop)
+    if hasattr(sys.stdout, "reconfigure"):  # names that the terminal's encoding has not; stderr does so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as err:

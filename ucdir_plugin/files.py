@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -11,6 +12,14 @@ from ucdir_plugin.errors import WriteError, free_space
 
 # .NAME.PID.tmp of atomic_write, and .NAME.PID.part, which pipeline renames only together with an image's other files.
 _LEFTOVER = re.compile(r"\.{1,2}(?P<name>.+?)\.(?P<pid>\d+)\.(tmp|part|part\.\d+\.tmp)")
+
+
+def hidden_name(name: str) -> str:
+    """What a temporary name calls the file: a long one's beginning and digest, as names have 255 bytes at the most."""
+    content = os.fsencode(name)
+    if len(content) <= 200:
+        return name
+    return f"{name[:40]}.{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 @contextmanager
@@ -26,7 +35,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = os.path.abspath(os.fspath(path))
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    temporary = os.path.join(folder, f".{hidden_name(name)}.{os.getpid()}.tmp")
     with writing(path):
         try:
             os.makedirs(folder, exist_ok=True)
@@ -81,8 +90,10 @@ def is_gone(path: str) -> bool:
 
 def remove_leftovers_of(paths: Iterable[str]) -> None:
     """Delete what killed processes left half-written of these files; what a living one writes is left alone."""
-    wanted = {os.path.abspath(path) for path in paths}
-    for folder in {os.path.dirname(path) for path in wanted}:
+    wanted = {
+        os.path.join(folder, hidden_name(name)) for folder, name in map(os.path.split, map(os.path.abspath, paths))
+    }
+    for folder in sorted({os.path.dirname(path) for path in wanted}):
         for entry in os.scandir(folder) if os.path.isdir(folder) else ():
             found = _LEFTOVER.fullmatch(entry.name)
             if found and os.path.join(folder, found["name"]) in wanted and not _is_running(int(found["pid"])):

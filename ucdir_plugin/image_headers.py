@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import threading
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Iterator
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 _KINDS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # and TIFF, whose tags are read one by one
@@ -21,12 +23,20 @@ EXIF = b"Exif\0\0"
 # artist, host, copyright; the last two are the EXIF and GPS directories.
 _DESCRIPTIVE_TAGS = (270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, 34665, 34853)
 
-_size_limit = threading.Lock()
+_TEXT = 2**24  # bytes of a PNG's packed profile or text: edited photographs pass Pillow's limit of 2^20
+_TILE = 2**24  # pixels
+# The most that LZW, deflate and run lengths pack; 1, unpacked: colours may be of half the resolution.
+_RATIOS = {1: 2, 5: 4096, 8: 1040, 32773: 64, 32946: 1040}
+_SCANS = 100  # of a progressive JPEG; usual are 10, and each costs as much time as an image of its own
+_DIGITS = re.compile(rb"P([1-6])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)")
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # behind a scan's data
+_limits = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level."""
+    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level;
+    ``packed``: of a TIFF whose damage OpenCV would not tell."""
 
     kind: str
     height: int
@@ -39,6 +49,7 @@ class Header:
     icc_profile: bytes | None = None
     transparent: int | None = None
     fault: str | None = None
+    packed: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -48,24 +59,31 @@ class Header:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Pillow without its limit: sizes are checked here, with a clearer line and a limit of the user's own."""
-    with _size_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    """Pillow without its limit: sizes are checked here, with a clearer line and a limit of the user's own.
+
+    And without its warnings of damaged tags: who reads what is left of them is told by this package.
+    """
+    with _limits, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _TEXT
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
 
 
 def read_header(file: BinaryIO) -> Header | None:
     """None if it is damaged or of no known kind."""
     try:
-        tags = _tiff_tags(file)
-        if tags is not None:
-            return _tiff_header(file, tags)
+        file.seek(0)
+        if file.read(4) in TIFF:
+            with any_size():
+                return _tiff_header(file, _tiff_tags(file))
         file.seek(0)
         with any_size(), Image.open(file, formats=_KINDS) as image:
             kind, mode, info, (width, height) = image.format, image.mode, dict(image.info), image.size
+        fault = None
         exif, gray = info.get("exif"), mode in _GRAY_MODES
         bits, transparent = 8, None
         if kind == "PNG":
@@ -75,20 +93,60 @@ def read_header(file: BinaryIO) -> Header | None:
             if gray and "transparency" in info:
                 transparent = info["transparency"] * (255 // (2**bits - 1) if bits < 8 else 1)
             exif = exif or _late_exif(file)
+        elif kind == "PPM":
+            fault = _ppm_fault(file)
         orientation, exif = _upright_exif(exif)
         alpha = "transparency" in info or mode in ("LA", "PA", "RGBA")
         icc = info.get("icc_profile")
-        return Header(kind, height, width, gray, alpha, bits, orientation, exif, icc, transparent)
+        return Header(kind, height, width, gray, alpha, bits, orientation, exif, icc, transparent, fault)
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
         return None
 
 
-def _tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
-    """The tags of a TIFF's first image, also of kinds that Pillow cannot decode; None if it is no TIFF."""
+def jpeg_fault(content: bytes) -> str | None:
+    """Whether a JPEG is made to take long: each of a progressive one's scans may refine all of its pixels."""
+    at, scans, progressive = 2, 0, False
+    while at + 4 <= len(content):
+        kind = content[at + 1]
+        progressive |= kind in (0xC2, 0xCA)
+        if content[at] != 0xFF or kind == 0xD9 or (kind == 0xDA and not progressive):
+            break
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if kind == 0xDA:
+            scans += 1
+            found = _MARKER.search(content, at)
+            if found is None or scans > _SCANS:
+                break
+            at = found.start()
+    return f"more than {_SCANS} scans" if scans > _SCANS else None
+
+
+def png_is_cut(content: bytes) -> bool:
+    """Whether a chunk is said to be longer than what is left of the file; OpenCV 5 takes memory for it, up to 4 GB."""
+    at = 8
+    while at + 8 <= len(content):
+        name = content[at + 4 : at + 8]
+        at += 12 + int.from_bytes(content[at : at + 4], "big")
+        if at > len(content) or name == b"IEND":
+            break
+    return at > len(content)
+
+
+def _ppm_fault(file: BinaryIO) -> str | None:
+    """OpenCV reads the numbers as they are, whatever stands for white."""
+    file.seek(0)
+    found = _DIGITS.match(file.read(2**12))
+    if found is None:  # bitmaps have no such number
+        file.seek(0)
+        return None if file.read(2) in (b"P1", b"P4") else "a header of a rare kind"
+    white = 255 if found[1] in b"14" else int(found[4])
+    return None if white in (255, 65535) else f"{white} for white"
+
+
+def _tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2:
+    """The tags of a TIFF's first image, also of kinds that Pillow cannot decode."""
     file.seek(0)
     head = file.read(8)
-    if head[:4] not in TIFF:
-        return None
     if b"+" in head[:4]:  # BigTIFF
         head += file.read(8)
     tags = ImageFileDirectory_v2(head)
@@ -104,8 +162,17 @@ def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> Header:
     extra = tags.get(338, (2,) if samples > colours else ())
     gray = photometric in (0, 1)
     alpha = photometric in (0, 1, 2) and (1 in extra or 2 in extra)
+    tile, (width, height) = (int(tags.get(322, 0)), int(tags.get(323, 0))), (int(tags[256]), int(tags[257]))
     fault = None
-    if 8 < bits < 16:
+    packing = tags.get(259, 1)
+    stored = sum(tags.get(279) or tags.get(325) or ())
+    if stored and packing in _RATIOS and width * height * samples * bits > 8 * _RATIOS[packing] * stored:
+        fault = "less data than its size needs"
+    elif samples > 8:
+        fault = f"{samples} channels"
+    elif tile[0] * tile[1] > max(_TILE, 4 * width * height):  # unpacked whole, however small the image is
+        fault = f"tiles of {tile[0]}x{tile[1]} pixels"
+    elif 8 < bits < 16:
         fault = f"{bits} bits a channel"
     elif bits > 8 and photometric == 0:
         fault = "white as 0 at more than 8 bits"
@@ -114,8 +181,8 @@ def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> Header:
     orientation = tags.get(274, 1)
     return Header(
         kind="TIFF",
-        height=int(tags[257]),
-        width=int(tags[256]),
+        height=height,
+        width=width,
         gray=gray,
         alpha=alpha,
         bits=bits,
@@ -123,6 +190,7 @@ def _tiff_header(file: BinaryIO, tags: ImageFileDirectory_v2) -> Header:
         exif=_tiff_exif(file),
         icc_profile=tags.get(34675),
         fault=fault,
+        packed=bits <= 8 and packing != 1,
     )
 
 

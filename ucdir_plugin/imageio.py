@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zlib
 from contextlib import contextmanager
@@ -19,10 +20,14 @@ import torch
 from PIL import Image
 
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.image_headers import EXIF, TIFF, Header, any_size, read_header
+from ucdir_plugin.image_headers import EXIF, Header, any_size, jpeg_fault, png_is_cut, read_header
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+MAX_PIXELS = 250_000_000
+"""Larger images are refused, unless a tool is told otherwise."""
 RESULT_EXTENSIONS = (".png", ".jpg", ".jpeg")
+_DAMAGED = "image {} cannot be decoded: it is damaged or no PNG, JPEG, TIFF, WebP, BMP or PPM; save it as PNG"
+_FAULT = "image {} is a {} with {}, which is not read; save it as PNG"
 _JPEG_SIDE, _JPEG_EXIF = 65500, 65533  # what libjpeg and a marker hold
 
 
@@ -56,6 +61,12 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _imdecode(content: bytes, path: str, flags: int) -> np.ndarray:
     """cv2.imdecode of an image of 8 or 16 bits without sign or of float, which becomes float32 in [0, 1]."""
+    fault = jpeg_fault(content) if content[:2] == b"\xff\xd8" else None
+    if fault:
+        raise UserError(_FAULT.format(path, "JPEG", fault))
+    if content[:4] == b"\x89PNG" and png_is_cut(content):
+        raise UserError(_DAMAGED.format(path))
+    level = cv2.utils.logging.setLogLevel(0)  # what it has to say becomes our one line
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error as err:
@@ -65,6 +76,8 @@ def _imdecode(content: bytes, path: str, flags: int) -> np.ndarray:
                 " OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH and _HEIGHT allow"
             ) from err
         raise UserError(f"image {path} cannot be decoded: {err}") from err
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if image is None:
         raise UserError(
             f"image {path} cannot be decoded: it is damaged, no image, or of a kind that OpenCV cannot read"
@@ -79,21 +92,61 @@ def _imdecode(content: bytes, path: str, flags: int) -> np.ndarray:
     return image.clip(0, 1, out=image)
 
 
-def _decode(content: bytes, path: str) -> np.ndarray:
+def _header(file: BinaryIO, path: str, max_pixels: int, cure: str) -> Header:
+    """What a file says of itself, if it may be decoded.
+
+    Args:
+        cure: of an image that is too large; ``{}`` stands for its pixels.
+
+    Raises:
+        UserError: if it is damaged, of another kind, too large, or one that OpenCV reads wrongly.
+    """
+    header = read_header(file)
+    if header is None:
+        raise UserError(_DAMAGED.format(path))
+    height, width = header.size
+    if height * width > max_pixels:
+        raise UserError(
+            f"image {path} has {width}x{height} = {width * height} pixels, more than the limit of {max_pixels};"
+            f" {cure.format(width * height)}"
+        )
+    if header.fault:
+        raise UserError(_FAULT.format(path, header.kind, header.fault))
+    return header
+
+
+def _decode(content: bytes, path: str, header: Header) -> np.ndarray:
     """(H, W, 3) BGR, upright; dtype as in :func:`_imdecode`."""
-    if not content:
-        raise UserError(f"image {path} is empty (0 bytes)")
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    header = read_header(io.BytesIO(content)) if content[:4] in (*TIFF, b"RIFF") else None
-    if header is not None and header.bits > 16:  # of float OpenCV converts no channels
+    if header.bits > 16:  # of float OpenCV converts no channels
         image = _imdecode(content, path, cv2.IMREAD_UNCHANGED)
-        if image.ndim == 3 and image.shape[2] == 3:
-            return image
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if image.ndim == 2 else cv2.COLOR_BGRA2BGR)
-    if header is not None and header.kind == "WEBP":  # only late versions of OpenCV turn it
+        if image.ndim == 2:
+            image = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+        elif image.shape[2] == 4:
+            image = cv2.cvtColor(image, cv2.COLOR_BGRA2BGR)
+    elif header.kind == "WEBP":  # only late versions of OpenCV turn it
         image = _imdecode(content, path, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-        return np.ascontiguousarray(_upright(image, header.orientation))
-    return _imdecode(content, path, flags)
+        image = np.ascontiguousarray(_upright(image, header.orientation))
+    else:
+        if header.packed:
+            _check_unpacks(content, path)
+        image = _imdecode(content, path, flags)
+    if image.shape != (*header.size, 3):  # as by a tag that is there twice
+        raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
+    return image
+
+
+def _check_unpacks(content: bytes, path: str) -> None:
+    """
+    Raises:
+        UserError: if parts of a TIFF cannot be unpacked, which OpenCV leaves black, without a word.
+    """
+    try:
+        with any_size(), Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error) as err:
+        if "decoder error" in str(err) or "truncated" in str(err):  # else it is of a kind that Pillow does not know
+            raise UserError(_DAMAGED.format(path)) from err
 
 
 def _unit(pixels: np.ndarray) -> np.ndarray:
@@ -113,24 +166,29 @@ def decode_image(content: bytes, path: str) -> np.ndarray:
     versions fill it up.
 
     Raises:
-        UserError: if it is empty or cannot be decoded; names ``path``.
+        UserError: if it is empty, cannot be decoded, or has more than :data:`MAX_PIXELS`; names ``path``.
     """
-    return _unit(_decode(content, path))
+    if not content:
+        raise UserError(f"image {path} is empty (0 bytes)")
+    header = _header(io.BytesIO(content), path, MAX_PIXELS, "cut it into parts, or scale it down")
+    return _unit(_decode(content, path, header))
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
     """
     Raises:
-        UserError: if the file cannot be read or is empty.
+        UserError: if the file cannot be read, is empty, or no file (a pipe would be waited for, for ever).
     """
     try:
+        if not os.path.isdir(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"image {path} cannot be read: it is a pipe or a device, not a file")
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise UserError(f"image {path} is empty (0 bytes)")
             yield file
-    except OSError as err:
-        raise UserError(f"image {path} cannot be read: {err.strerror}") from err
+    except (OSError, ValueError) as err:  # ValueError: a name that no file can have
+        raise UserError(f"image {path} cannot be read: {getattr(err, 'strerror', None) or err}") from err
 
 
 def read_bytes(path: str) -> bytes:
@@ -144,14 +202,16 @@ def read_bytes(path: str) -> bytes:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(height, width) as displayed, from the header of the kinds of :data:`EXTENSIONS`, else from the decoded image.
+    """(height, width) as displayed, from the header, whether the rest can be read or not.
 
     Raises:
-        UserError: if the file is missing, empty or no image.
+        UserError: if the file is missing, empty or of another kind than :data:`EXTENSIONS`.
     """
     with _opened(path) as file:
         header = read_header(file)
-    return header.size if header is not None else decode_image(read_bytes(path), path).shape[:2]
+    if header is None:
+        raise UserError(_DAMAGED.format(path))
+    return header.size
 
 
 def read_photo(path: str, max_pixels: int) -> Photo:
@@ -170,29 +230,17 @@ def read_photo(path: str, max_pixels: int) -> Photo:
             with alpha, and 9 to 15 bits.
     """
     with _opened(path) as file:
-        header = read_header(file)
-        if header is None:
-            raise UserError(
-                f"image {path} cannot be decoded: it is damaged or no PNG, JPEG, TIFF, WebP, BMP or PPM; save it as PNG"
-            )
-        height, width = header.size
-        if height * width > max_pixels:
-            raise UserError(
-                f"image {path} has {width}x{height} = {width * height} pixels, more than the limit of {max_pixels};"
-                f" if that is meant, give --max-pixels {width * height}"
-            )
-        if header.fault:
-            raise UserError(f"image {path} is a TIFF with {header.fault}, which is not read; save it as PNG")
+        header = _header(file, path, max_pixels, "if that is meant, give --max-pixels {}")
         file.seek(0)
         content = file.read()
     if header.alpha and header.kind == "TIFF" and header.bits <= 8:
         pixels, alpha = _tiff_with_alpha(content, path)
     else:
         alpha = _alpha(content, path, header) if header.alpha else None  # first: the peak is lower
-        pixels = _decode(content, path)
+        pixels = _decode(content, path, header)
         for rows in _strips(*pixels.shape[:2]):
             pixels[rows] = cv2.cvtColor(pixels[rows], cv2.COLOR_BGR2RGB)
-    if pixels.shape[:2] != (height, width):  # as by a tag that is there twice
+    if any(part is not None and part.shape[:2] != header.size for part in (pixels, alpha)):
         raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
     return Photo(pixels, alpha, header.gray, header.exif, header.icc_profile)
 
@@ -345,6 +393,18 @@ def _png16(pixels: np.ndarray, exif: bytes | None, icc_profile: bytes | None) ->
 
 def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def check_inside(name: str, where: str) -> str:
+    """A name of an image, relative to its folder, which names its results too; returns it.
+
+    Raises:
+        UserError: if it leads out of the folder.
+    """
+    parts = os.path.normpath(name).split(os.sep)
+    if os.path.isabs(name) or os.path.splitdrive(name)[0] or parts[0] in ("..", ".") or "\0" in name:
+        raise UserError(f"{where}: {name!r} leads out of its folder, where its results would be written; rename it")
+    return name
 
 
 def list_images(folder: str, what: str, skip: str | None = None) -> list[str]:

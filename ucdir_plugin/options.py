@@ -16,18 +16,26 @@ import typing
 from typing import Annotated, Any, Dict, Hashable, List, Literal, Mapping, Optional, Tuple, Union
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ucdir_plugin import registry
 from ucdir_plugin.conditions import check_told, declare
 from ucdir_plugin.data.degradations import chain
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean, printable
 from ucdir_plugin.metrics import protocol
+
+_TEXT, _VALUES, _DEPTH = 2**20, 100_000, 50
+"""The most that options may be: characters, values, levels."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice, and endless brackets."""
+
+    def fetch_flow_collection_start(self, TokenClass: type) -> None:
+        if self.flow_level > _DEPTH:  # the time grows with the square
+            raise UserError(f"line {self.line + 1}: nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 _Loader.add_implicit_resolver(
@@ -58,8 +66,10 @@ def read_yaml(text: str, where: str) -> Any:
     Raises:
         UserError: naming ``where`` and the line.
     """
+    if len(text) > _TEXT:
+        raise UserError(f"{where}: more than {_TEXT} characters are no options")
     try:
-        return yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
     except UserError as err:
         raise UserError(f"{where}: {err}") from err
     except yaml.constructor.ConstructorError as err:
@@ -69,6 +79,44 @@ def read_yaml(text: str, where: str) -> Any:
         mark = getattr(err, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: no valid YAML: {getattr(err, 'problem', None) or err}") from err
+    except RecursionError as err:
+        raise UserError(f"{where}: no valid YAML: nested too deeply") from err
+    except (ValueError, LookupError, ArithmeticError, TypeError) as err:  # a date, number or letter that is none
+        raise UserError(f"{where}: no valid YAML: {err}") from err
+    check_plain(content, where)
+    return content
+
+
+def check_plain(content: Any, where: str) -> None:
+    """Whether it may be walked through, written as JSON, and its numbers be computed with.
+
+    Raises:
+        UserError: for what is nested too deeply or, through anchors that repeat each other, too much; keys that are no
+            text; NaN, infinite and very large numbers; texts with control characters.
+    """
+
+    def fault(place: tuple, message: str) -> None:
+        raise UserError(f"{where}: option {printable(':'.join(map(str, place)))}: {message}")
+
+    left, stack = _VALUES, [((), content)]
+    while stack:
+        place, value = stack.pop()
+        inner: list = []
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    fault(place, f"the key {key!r} must be text: put quotes around it")
+            inner = list(value.items())
+        elif isinstance(value, (list, tuple)):
+            inner = list(enumerate(value))
+        elif isinstance(value, (int, float)) and not abs(value) < 2**63:
+            fault(place, f"{value} is no number to compute with")
+        elif isinstance(value, str) and printable(text := re.sub(r"[\n\t]", "", value)) != text:
+            fault(place, f"{value!r} has control characters; remove them")
+        left -= len(inner)
+        if left < 0 or len(place) > _DEPTH:
+            raise UserError(f"{where}: more than {_VALUES} values or {_DEPTH} levels, anchors counted, are no options")
+        stack += [((*place, key), item) for key, item in inner]
 
 
 def apply_overrides(opt: dict, entries: Optional[List[str]], where: str = "--force_yml") -> None:
@@ -80,7 +128,7 @@ def apply_overrides(opt: dict, entries: Optional[List[str]], where: str = "--for
     for entry in entries or ():
         path, separator, value = entry.partition("=")
         keys = [key.strip() for key in path.split(":")]
-        if not separator or not all(keys):
+        if not separator or not all(keys) or len(keys) > _DEPTH:
             raise UserError(f"{where} {entry!r}: write it as key:subkey=value")
         target = opt
         for depth, key in enumerate(keys[:-1]):
@@ -117,11 +165,27 @@ PositiveInt = Annotated[Int, Field(gt=0)]
 NotNegativeInt = Annotated[Int, Field(ge=0)]
 
 
+def _file_name(value: str) -> str:
+    """A part of files' names: results stay in their folder."""
+    if (
+        value in (".", "..")
+        or value != value.strip()
+        or re.search(r"[/\\]|^[A-Za-z]:", value)
+        or not 0 < len(value.encode()) <= 150
+        or printable(value) != value
+    ):
+        raise ValueError("a name for files is expected, without / \\ .. and line breaks, of 1 to 150 bytes")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
 class ScheduleOptions(_Schema):
     """Training noise schedule; ``start`` and ``end`` are betas, of the linear one."""
 
     type: Literal["linear", "cosine"] = "linear"
-    timesteps: PositiveInt = 2000
+    timesteps: PositiveInt = Field(2000, le=1_000_000)
     start: float = Field(1e-6, gt=0, lt=1)
     end: float = Field(1e-2, gt=0, lt=1)
 
@@ -134,7 +198,7 @@ class ScheduleOptions(_Schema):
 class PriorScheduleOptions(ScheduleOptions):
     """That of a prior: DDPM's, which :func:`ucdir_plugin.priors.load_prior` takes a file of weights to be of."""
 
-    timesteps: PositiveInt = 1000
+    timesteps: PositiveInt = Field(1000, le=1_000_000)
     start: float = Field(1e-4, gt=0, lt=1)
     end: float = Field(2e-2, gt=0, lt=1)
 
@@ -150,7 +214,7 @@ class SamplingOptions(_Schema):
     start_timestep: Optional[PositiveInt] = None
     clip_x0: bool = True
     dynamic_threshold: Optional[float] = Field(None, gt=0, le=1)
-    border: NotNegativeInt = 8  # without it the outermost pixels keep noise
+    border: NotNegativeInt = Field(8, le=1024)  # without it the outermost pixels keep noise
     amp: Optional[Literal["bf16", "fp16"]] = None
     tile: Optional[PositiveInt] = None
     overlap: NotNegativeInt = 64
@@ -225,12 +289,12 @@ class PathOptions(_Schema):
 class ValOptions(_Schema):
     val_freq: PositiveInt = 5000
     save_img: bool = True
-    suffix: Optional[str] = None
+    suffix: Optional[FileName] = None
     pbar: bool = True
     metrics: Optional[Dict[str, _Typed]] = None
     weights_dir: Optional[str] = None
     download: bool = False
-    samples: NotNegativeInt = 16
+    samples: NotNegativeInt = Field(16, le=4096)
     sampling: SamplingOptions = SamplingOptions()
 
 
@@ -272,7 +336,7 @@ class DatasetOptions(_Schema):
     ``persistent_workers`` and ``prefetch_mode: cpu`` of BasicSR's files have nothing left to do.
     """
 
-    name: str
+    name: FileName
     type: str
     dataroot_gt: Optional[str] = None
     dataroot_lq: Optional[str] = None
@@ -296,13 +360,13 @@ class DatasetOptions(_Schema):
     seed: Optional[Int] = None
     condition: Dict[str, Union[float, str]] = Field(default_factory=dict)
     condition_file: Optional[str] = None
-    num_worker_per_gpu: NotNegativeInt = 0
+    num_worker_per_gpu: NotNegativeInt = Field(0, le=512)
     batch_size_per_gpu: Optional[PositiveInt] = None  # 1
     batch_size_total: Optional[PositiveInt] = None  # of training, instead
     dataset_enlarge_ratio: PositiveInt = 1
     use_shuffle: bool = True
     prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
-    num_prefetch_queue: PositiveInt = 1
+    num_prefetch_queue: PositiveInt = Field(1, le=1024)
     pin_memory: bool = False
     persistent_workers: bool = False
     wait_for_data: float = Field(300.0, ge=0)  # seconds, in training, for a disk that does not answer
@@ -345,8 +409,8 @@ class DistOptions(_Schema):
     """How processes find each other (:func:`ucdir_plugin.compat.init_dist`)."""
 
     backend: Literal["nccl", "gloo"] = "nccl"
-    port: Optional[PositiveInt] = None
-    timeout: Optional[float] = Field(None, gt=0)
+    port: Optional[PositiveInt] = Field(None, le=65535)
+    timeout: Optional[float] = Field(None, gt=0, le=1e7)
 
 
 class MMEngineOptions(_Schema):
@@ -368,9 +432,9 @@ class MMEngineOptions(_Schema):
 class Options(_Schema):
     engine: Literal["basicsr", "mmengine"] = "basicsr"
     mmengine: Optional[MMEngineOptions] = None
-    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    name: FileName
     model_type: str
-    scale: PositiveInt = 1
+    scale: PositiveInt = Field(1, le=64)
     num_gpu: Union[Literal["auto"], NotNegativeInt] = "auto"
     manual_seed: Optional[Int] = 0
     datasets: Dict[str, DatasetOptions] = Field(default_factory=dict)  # none: to restore files only
@@ -433,7 +497,8 @@ def _explain(error: dict) -> str:
         return f"unknown option {name}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
     if error["type"] == "missing":
         return f"option {name} is missing"
-    return f"option {name}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"option {name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
 def check_call(target: Any, kwargs: Mapping[str, Any], where: str, given: int = 0, own: bool = False) -> None:
@@ -657,6 +722,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a mapping of options is expected")
+    check_plain(raw, where)
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
     for key in ("network_g", "diffusion", "train", "compile"):
         if raw.get("model_type") == "BIRDModel" and raw.get(key):
@@ -718,7 +784,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             if key.startswith("network_"):
                 check_registered("arch", cfg, key)
         for phase, dataset in opt["datasets"].items():
-            if phase.split("_")[0] not in ("train", "val", "test"):
+            if not re.fullmatch(r"(train|val|test)(_\w+)?", phase):
                 raise UserError(f"option datasets:{phase}: the phases are train, val, val_2, ..., test, test_2, ...")
             registry.lookup("dataset", dataset["type"], f"option datasets:{phase}:type")
             for key in sorted(_MEANINGLESS.get(dataset["type"], set()) & {k for k, v in datasets[phase].items() if v}):
@@ -841,8 +907,8 @@ def read_yaml_file(path: str) -> dict:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as err:
+            text = file.read(_TEXT + 1)
+    except (OSError, ValueError) as err:
         raise UserError(
             f"option file {path} cannot be read: {getattr(err, 'strerror', None) or 'it is no text'}"
         ) from err

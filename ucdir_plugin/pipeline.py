@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 from ucdir_plugin import imageio, memory, sharding
-from ucdir_plugin.errors import UserError, WriteError, named
-from ucdir_plugin.files import is_gone, remove_leftovers_of, rename, write_atomically, writing
+from ucdir_plugin.errors import UserError, WriteError, named, printable
+from ucdir_plugin.files import hidden_name, is_gone, remove_leftovers_of, rename, write_atomically, writing
 from ucdir_plugin.report import write_text
-from ucdir_plugin.restorer import MAX_PIXELS, Moments, Restorer, cost, versions
+from ucdir_plugin.restorer import Moments, Restorer, cost, versions
 from ucdir_plugin.sharding import Share
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _stems(keys: List[str]) -> List[str]:
 
 def read_record(stem: str) -> Optional[Dict[str, Any]]:
     """The JSON of an earlier run beside ``stem``; None if there is none of ours."""
-    with contextlib.suppress(OSError, ValueError), open(f"{stem}.json", encoding="utf-8") as file:
+    unreadable = (OSError, ValueError, RecursionError)
+    with contextlib.suppress(*unreadable), open(f"{stem}.json", encoding="utf-8") as file:
         record = json.load(file)
         if isinstance(record, dict) and {"input", "outputs", "settings"} <= record.keys():
             outputs = record["outputs"]
@@ -148,13 +149,14 @@ class _Results:
         except (UserError, MemoryError) as err:
             self.fault = err
             return
-        self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
-        write_atomically(content, self.hidden[name])
+        self._write_hidden(content, name)
 
     def keep(self, content: bytes, suffix: str) -> None:
         """A file beside the image, NAME + suffix with its extension."""
-        name = f"{self.name}{suffix}"
-        self.hidden[name] = os.path.join(self.folder, f".{name}.{os.getpid()}.part")
+        self._write_hidden(content, f"{self.name}{suffix}")
+
+    def _write_hidden(self, content: bytes, name: str) -> None:
+        self.hidden[name] = os.path.join(self.folder, f".{hidden_name(name)}.{os.getpid()}.part")
         write_atomically(content, self.hidden[name])
 
     def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]], say: Callable[[str], None]) -> None:
@@ -217,14 +219,14 @@ class _Bar:
         )
 
     def image(self, number: int, count: int, key: str) -> None:
-        self.head = f"{number}/{count} {key}"
+        self.head = f"{number}/{count} {printable(key)}"
         self.bar.set_description_str(self.head)
 
     def step(self, step: int, steps: int) -> None:
         self.bar.set_description_str(f"{self.head} step {step + 1}/{steps}", refresh=False)
 
     def say(self, line: str) -> None:
-        tqdm.write(f"{self.prefix}{line}", file=sys.stdout)
+        tqdm.write(f"{self.prefix}{printable(line)}", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -238,7 +240,7 @@ def restore_files(
     blend: float = 1.0,
     condition: Optional[Mapping[str, Any]] = None,
     overwrite: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = imageio.MAX_PIXELS,
     scratch: Optional[str] = None,
     share: Optional[Share] = None,
 ) -> int:
@@ -290,6 +292,7 @@ def restore_files(
             try:
                 if job in clashes:
                     raise UserError(clashes[job])
+                _check_names(job, extension, samples, model.beside)
                 if not overwrite:
                     _keep_foreign(results, records[job], samples, model.beside)
                 if empty is torch.empty and model.device.type == "cpu":
@@ -320,7 +323,7 @@ def restore_files(
     if failed and not skipped and not any(results.finished for results in every) and share.world == 1:
         _give_up(source, failed)
     for key, reason in failed.items():
-        print(f"failed: {named(key, reason)}", file=sys.stderr)
+        print(f"failed: {printable(named(key, reason))}", file=sys.stderr)
     if share.world > 1:
         all_here = sharding.wait_for_others(share)
         if share.rank == 0 or not all_here:
@@ -455,6 +458,17 @@ def _names(stem: str, extension: str, samples: int, beside: Sequence[str]) -> Tu
     return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in beside]
 
 
+def _check_names(job: Job, extension: str, samples: int, beside: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: if a result would have a name that is longer than file systems allow.
+    """
+    for path in _paths(job.stem, extension, samples, beside):
+        length = len(os.fsencode(os.path.basename(path)))
+        if length > 255:
+            raise UserError(f"{job.key}: its result's name would have {length} bytes, 255 are possible: rename it")
+
+
 def _paths(stem: str, extension: str, samples: int, beside: Sequence[str]) -> List[str]:
     own, more = _names(stem, extension, samples, beside)
     return own + more
@@ -493,5 +507,5 @@ def _give_up(source: str, failed: Dict[str, str]) -> None:
     if os.path.isfile(source):
         raise UserError(next(iter(failed.values())))
     for key, reason in failed.items():
-        print(f"failed: {named(key, reason)}", file=sys.stderr)
+        print(f"failed: {printable(named(key, reason))}", file=sys.stderr)
     raise UserError(f"none of the {len(failed)} images of {source} could be restored; the reasons are above")

@@ -18,6 +18,7 @@ from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.options import PriorScheduleOptions
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.sizing import check_network
 
 FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
 FFDNET_SIGMA = 75 / 255
@@ -67,6 +68,7 @@ def load_adm(
     config = {"type": "ADMUNet", **(network or found.network or {})}
     if config.get("class_cond"):
         raise UserError(f"prior {path}: BIR-D needs an unconditional network, not one with class_cond")
+    check_network(config, "prior")
     net = build_arch(config, "prior")
     if not isinstance(net, ADMUNet):
         raise UserError(f"prior {path}: {type(net).__name__} is no ADMUNet")
@@ -144,9 +146,14 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
     from diffusers import UNet2DModel
 
     try:
-        net = UNet2DModel.from_pretrained(here, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as err:
-        raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err
+        net, told = UNet2DModel.from_pretrained(
+            here, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as err:
+        raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err  # a configuration of any kind
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # which diffusers fills with random numbers
+        if told.get(fault):
+            raise UserError(f"prior {folder}: its weights are not of its config.json: {fault}: {told[fault][0]}, ...")
     ready = _ready(net, device)
     size = config.get("sample_size")
     prior = NetworkPrior(
@@ -179,10 +186,12 @@ def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
     Raises:
         UserError: if its betas are of an unknown kind.
     """
-    steps = int(scheduler.get("num_train_timesteps", 1000))
-    start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
     kind = scheduler.get("beta_schedule", "linear")
     try:
+        steps = int(scheduler.get("num_train_timesteps", 1000))
+        start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
+        if steps > 1_000_000 or not 0 < start <= end < 1:
+            raise ValueError(f"{steps} steps from {start} to {end}")
         if scheduler.get("trained_betas") is not None:
             return NoiseSchedule(np.asarray(scheduler["trained_betas"], dtype=np.float64))
         if kind == "linear":
@@ -191,7 +200,7 @@ def schedule_of(scheduler: Mapping[str, Any], where: str) -> NoiseSchedule:
             return NoiseSchedule(np.linspace(start**0.5, end**0.5, steps) ** 2)
         if kind == "squaredcos_cap_v2":
             return NoiseSchedule.cosine(steps)
-    except ValueError as err:
+    except (ValueError, TypeError, OverflowError) as err:
         raise UserError(f"prior {where}: its schedule does not fit: {err}") from err
     raise UserError(f"prior {where}: beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2 are")
 
@@ -200,7 +209,7 @@ def _json(path: str) -> Dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"prior: {path} cannot be read: {getattr(err, 'strerror', None) or 'it is no JSON'}") from err
     if not isinstance(content, dict):
         raise UserError(f"prior: {path} holds no configuration")

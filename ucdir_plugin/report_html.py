@@ -8,6 +8,8 @@ import io
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -82,10 +84,13 @@ class Store:
         write_atomically(buffer.getvalue(), self._path(key))
 
     def find(self, key: str, stamp: str = "") -> Optional[tuple[dict[str, np.ndarray], dict[str, bytes]]]:
-        """Pictures and files of an image; None if there are none of this stamp."""
+        """Pictures and files of an image; None if there are none of this stamp that can be read."""
         if not self._path(key).exists():
             return None
-        found, images, files = self._read(key)
+        try:
+            found, images, files = self._read(key)
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
         return (images, files) if found == stamp else None
 
     def part(self, key: str) -> tuple[dict[str, np.ndarray], tuple[int, int]]:

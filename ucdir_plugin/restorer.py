@@ -34,6 +34,7 @@ from ucdir_plugin.options import (
     sampling_options,
 )
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.sizing import check_network
 
 if TYPE_CHECKING:
     from ucdir_plugin.blind import BlindRestorer, Learned
@@ -41,10 +42,18 @@ if TYPE_CHECKING:
 TILE = 1024
 """Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
 
-MAX_PIXELS = 250_000_000
-
 _ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 """The sampling options that mean something for a network without diffusion."""
+
+
+def check_samples(samples: int) -> None:
+    """
+    Raises:
+        UserError: for less than one sample of an image, or more than files are made of.
+    """
+    at_least_one(samples=samples)
+    if samples > 10_000:
+        raise UserError(f"samples: {samples} files of each image are asked for; take at most 10000")
 
 
 class Drawn(NamedTuple):
@@ -121,7 +130,7 @@ class Restorer:
             UserError: for what this network has no use for, or values out of range.
         """
         conditions.given(self.conditions, condition)
-        at_least_one(samples=samples)
+        check_samples(samples)
         if not 0 <= blend <= 1:
             raise UserError(f"blend must be between 0 (initial prediction) and 1 (sample), got {blend}")
         if self.diffusion and self.net.predictor is None and blend != 1:
@@ -327,6 +336,7 @@ def load_model(
         else:
             key = "params_ema"
         state, key = weights.choose_state(weights.read_checkpoint(weights_file), weights_file, key)
+    check_network(opt["network_g"], "network_g")
     net = build_arch(opt["network_g"], "network_g")
     weights.load_state_dict(net, state, weights_file)
     net = net.eval().requires_grad_(False).to(chosen)
@@ -477,7 +487,7 @@ def restore(
     blend: float = 1.0,
     condition: Optional[Mapping[str, Any]] = None,
     key: Optional[str] = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = imageio.MAX_PIXELS,
 ) -> Restored:
     """Restore one image.
 

@@ -20,6 +20,7 @@ from ucdir_plugin.data.loader import PatientDataset
 from ucdir_plugin.errors import ImageError, Stopped
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.files import write_atomically
+from ucdir_plugin.imageio import check_inside
 from ucdir_plugin.report_html import Store
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
@@ -50,8 +51,8 @@ def sample_key(data: dict[str, Any], dataset_opt: dict) -> str:
         return data["key"][0]
     path, root = data["lq_path"][0], dataset_opt.get("dataroot_lq")
     if not os.path.exists(path):  # the key of an LMDB
-        return path
-    return os.path.relpath(path, root) if root else os.path.basename(path)
+        return check_inside(path, dataset_opt["name"])
+    return check_inside(os.path.relpath(path, root), dataset_opt["name"]) if root else os.path.basename(path)
 
 
 def write_image(image: np.ndarray, path: str) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ucdir_plugin import memory
 from ucdir_plugin.errors import NotAvailable, UserError
 
 # What the released ``*_gen.pth`` of UCDIR holds beside the weights: constants of its noise schedule.
@@ -109,15 +111,24 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     """Load a ``.pth`` or ``.safetensors`` file onto the CPU without running any code in it.
 
     Raises:
-        UserError: if it is missing, cannot be read, or is a pickle that wants more than tensors.
+        UserError: if it is missing, cannot be read, is a pickle that wants more than tensors, or is made to take more
+            memory than it is long.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
     try:
+        size, free = os.path.getsize(path), memory.available()
+        if free is not None and size > free:
+            raise UserError(f"checkpoint {path} has {size / 2**30:.1f} GB, {free / 2**30:.1f} GB of memory are free")
         if path.endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(path, size)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content, path, size)
+        return content
+    except UserError:
+        raise
     except pickle.UnpicklingError as err:
         if "nsupported operand" not in str(err):  # an operand: not even a pickle
             raise UserError(
@@ -127,6 +138,48 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         raise UserError(f"checkpoint {path} cannot be read: it is damaged or no PyTorch file") from err
     except Exception as err:  # torch and safetensors raise a dozen types for damaged files
         raise UserError(f"checkpoint {path} cannot be read: it is damaged or no PyTorch file") from err
+
+
+def _check_archive(path: str, size: int) -> None:
+    """
+    Raises:
+        UserError: if it is a zip that torch.save did not write: that stores as it is, and nothing twice.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    unpacked = sum(part.file_size for part in parts)
+    if unpacked > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise UserError(
+            f"checkpoint {path} is refused: it is packed, {unpacked / 2**20:.0f} MB in {size / 2**20:.1f} MB, as torch"
+            " writes none"
+        )
+
+
+def _check_tensors(content: Any, path: str, size: int) -> None:
+    """
+    Raises:
+        UserError: for tensors without numbers of their own (repeated, sparse, of no device), and for lists in lists
+            that repeat each other.
+    """
+    stack, left = [content], 200_000
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            plain = item.layout == torch.strided and item.device.type == "cpu" and not item.is_quantized
+            if not plain or item.is_nested or item.is_complex() or item.numel() * item.element_size() > size:
+                raise UserError(
+                    f"checkpoint {path} is refused: it holds a tensor of {tuple(item.size())} that is not stored number"
+                    " by number; save its state_dict alone, of dense tensors"
+                )
+            continue
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+        found = [part for part in inner if isinstance(part, (torch.Tensor, dict, list, tuple, set))]
+        left -= len(found)
+        if left < 0:
+            raise UserError(f"checkpoint {path} is refused: what it holds repeats itself without end")
+        stack += found
 
 
 def _first(names: list[str]) -> str:
@@ -329,6 +382,8 @@ def _header(path: str) -> dict:
     """
     with safe_open(path, "pt") as file:
         header = (file.metadata() or {}).get(HEADER)
+    if header and len(header) > 2**20:
+        raise UserError(f"{path}: its header is longer than options are")
     try:
         content = json.loads(header or "{}")
     except (ValueError, RecursionError) as err:

@@ -18,7 +18,7 @@ from basicsr.utils import FileClient, img2tensor
 from torch.utils.data import Dataset
 
 from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.imageio import decode_image, image_size, images_by_stem, list_images
+from ucdir_plugin.imageio import check_inside, decode_image, image_size, images_by_stem, list_images
 from ucdir_plugin.registry import register
 
 
@@ -90,7 +90,9 @@ def read_lmdb_names(root: str) -> dict[str, tuple[int, int] | None]:
     for line in lines:
         name, _, rest = line.partition(" (")
         shape = re.match(r"(\d+),\s*(\d+)", rest)
-        names[os.path.splitext(name)[0]] = (int(shape.group(1)), int(shape.group(2))) if shape else None
+        names[check_inside(os.path.splitext(name)[0], path)] = (
+            (int(shape.group(1)), int(shape.group(2))) if shape else None
+        )
     if not names:
         raise UserError(f"{path} names no image")
     return names
@@ -274,6 +276,7 @@ class PairedRestorationDataset(Dataset):
             names = list_images(gt, f"{what}gt")
         pairs = []
         for name in names:
+            check_inside(name, f"{what}gt" if not self.opt.get("meta_info_file") else self.opt["meta_info_file"])
             folder, base = os.path.split(os.path.splitext(name)[0])
             partner = f"{folder}/" * bool(folder) + template.format(base)
             if partner not in degraded:

@@ -25,10 +25,7 @@ from ucdir_plugin.data.paired_dataset import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.errors import UserError, WriteError, at_least_one, free_space
 from ucdir_plugin.files import remove_leftovers_of, write_atomically
-from ucdir_plugin.imageio import image_size, list_images, read_photo
-
-MAX_PIXELS = 250_000_000
-"""The most that a source may have."""
+from ucdir_plugin.imageio import MAX_PIXELS, image_size, list_images, read_photo
 
 
 class Task(NamedTuple):
@@ -91,8 +88,10 @@ def same_settings(folder: str, **settings: Any) -> None:
     except FileNotFoundError:
         write_atomically(json.dumps(settings).encode(), path)
         return
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"{path} cannot be read: remove the folder to prepare it again") from err
+    if not isinstance(before, dict):
+        raise UserError(f"{path} holds no settings: remove the folder to prepare it again")
     for key, value in settings.items():
         if before.get(key) != value:
             was, now = (f"no --{key}" if v is None else f"--{key} {v}" for v in (before.get(key), value))

@@ -38,6 +38,8 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
         UserError: unless start > end > 0, or start = end and one step.
     """
     at_least_one(steps=steps)
+    if steps > 100_000:
+        raise UserError(f"steps: {steps} passes of the prior are asked for; take at most 100000")
     if not (start > end > 0 or (start == end > 0 and steps == 1)):
         raise UserError(
             f"the noise must fall: sigma_start {start:.4g} must be above sigma_end {end:.4g}, and that above 0"

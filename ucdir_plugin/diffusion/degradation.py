@@ -271,8 +271,10 @@ def start_kernel(
 def check_kernel_size(size: int) -> None:
     """
     Raises:
-        UserError: if it is even or below 1.
+        UserError: if it is even, below 1, or far above what blurs are.
     """
+    if size > 1023:
+        raise UserError(f"a kernel of {size}x{size} pixels is asked for; take at most 1023")
     if size < 1 or size % 2 == 0:
         raise UserError(f"a kernel has a centre, so an odd size: got {size}, take {max(size - 1, 1)} or {size + 1}")
 
