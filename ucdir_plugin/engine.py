@@ -7,6 +7,7 @@ the iteration, so that a resumed run equals an uninterrupted one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -145,12 +146,35 @@ def start_log(opt: dict, kind: str) -> logging.Logger:
     return logger
 
 
-def build(what: str, builder: Any, opt: dict) -> Any:
-    """Call a builder of BasicSR; what it raises about the user's options becomes one line."""
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """What is raised about the user's options, by code that does not check them, becomes one line; not a lost rank.
+
+    Raises:
+        UserError: with ``what`` in front.
+    """
+    kinds = (AssertionError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError)
     try:
-        return builder(opt)
-    except (AssertionError, ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as err:
+        yield
+    except (*kinds, TypeError, ValueError) as err:
+        if is_of_lost_rank(err):
+            raise
         raise UserError(f"{what}: {type(err).__name__}: {err}") from err
+
+
+def build(what: str, builder: Any, opt: dict) -> Any:
+    """Call a builder of BasicSR.
+
+    Raises:
+        UserError: as :func:`one_line`.
+    """
+    with one_line(what):
+        return builder(opt)
+
+
+def first_step(first: bool) -> contextlib.AbstractContextManager:
+    """Around a training step: of the first, what is raised is about options that do not go together."""
+    return one_line("the first training step failed") if first else contextlib.nullcontext()
 
 
 def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
@@ -339,8 +363,9 @@ def train(args: argparse.Namespace) -> int:
             iteration += 1
             model.update_learning_rate(iteration, opt["train"].get("warmup_iter", -1))
             seed_everything(seed, "step", iteration, opt["rank"])
-            model.feed_data(data)
-            model.optimize_parameters(iteration)
+            with first_step(iteration == start + 1):
+                model.feed_data(data)
+                model.optimize_parameters(iteration)
             losses.look(model, iteration)
             iter_timer.record()
             if iteration == start + 1:

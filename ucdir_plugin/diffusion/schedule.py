@@ -8,6 +8,9 @@ import torch
 SPACINGS = ("uniform", "trailing", "quadratic")
 """The ways of :meth:`NoiseSchedule.respace` to choose levels."""
 
+LEAST_ALPHA_BAR = 1e-30
+"""Of a schedule's noisiest level: sigma = sqrt(1 / alpha_bar - 1), and its square, stay within float32."""
+
 
 class NoiseSchedule:
     """The constants of q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) for t = 0 .. T-1.
@@ -18,7 +21,8 @@ class NoiseSchedule:
         betas: variances of the forward steps, each in (0, 1).
 
     Raises:
-        ValueError: if ``betas`` is empty or leaves (0, 1).
+        ValueError: if ``betas`` is empty or leaves (0, 1), or if alpha_bar does not fall in each step from below 1 to
+            :data:`LEAST_ALPHA_BAR` at least, as numbers of float64.
 
     Attributes:
         alpha_bar: cumulated product of 1 - beta.
@@ -30,10 +34,17 @@ class NoiseSchedule:
 
     def __init__(self, betas: np.ndarray):
         self.betas = np.asarray(betas, dtype=np.float64)
-        if self.betas.ndim != 1 or not len(self.betas) or self.betas.min() <= 0 or self.betas.max() >= 1:
+        if self.betas.ndim != 1 or not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
             raise ValueError("betas must be a non-empty list of numbers between 0 and 1")
         alphas = 1 - self.betas
         self.alpha_bar = np.cumprod(alphas)
+        if self.alpha_bar[-1] < LEAST_ALPHA_BAR:
+            raise ValueError(
+                f"{len(self.betas)} steps with betas up to {self.betas.max():g} leave {self.alpha_bar[-1]:.1e} of the"
+                f" image (alpha_bar), less than {LEAST_ALPHA_BAR:.0e}: take fewer steps or smaller betas"
+            )
+        if not (np.diff(self.alpha_bar, prepend=1.0) < 0).all():
+            raise ValueError(f"betas down to {self.betas.min():g} are too small: alpha_bar does not fall in each step")
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
         self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         self.posterior_log_variance_clipped = np.log(np.maximum(self.posterior_variance, 1e-20))

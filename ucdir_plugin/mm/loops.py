@@ -50,7 +50,9 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         self.accumulate = accumulate
 
     def run(self) -> Any:
-        runner, sampler = self.runner, self.dataloader.sampler
+        from ucdir_plugin.engine import first_step
+
+        runner, sampler, start = self.runner, self.dataloader.sampler, self._iter
         if self._iter:
             close(self.dataloader_iterator._iterator)
             sampler.start = self._iter
@@ -63,7 +65,9 @@ class KeyedTrainLoop(IterBasedTrainLoop):
                 runner.val_loop.run()  # a stop between saving and validating may have lost it
             while self._iter < self._max_iters and not self.stop_training:
                 runner.model.train()
-                self.run_iter(next(self.dataloader_iterator))
+                data = next(self.dataloader_iterator)
+                with first_step(self._iter == start):
+                    self.run_iter(data)
                 due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
                 if validates and due and not self.stop_training:
                     runner.val_loop.run()
