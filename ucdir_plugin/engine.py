@@ -42,7 +42,7 @@ from ucdir_plugin.evaluation import for_basicsr_loop
 from ucdir_plugin.options import load_options, option_text, share_batch
 from ucdir_plugin.restorer import versions
 from ucdir_plugin.validation import bare_networks, handles, validate
-from ucdir_plugin.weights import find_weights, sha256_of
+from ucdir_plugin.weights import find_weights, not_finite, sha256_of
 
 
 def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -333,11 +333,19 @@ def train(args: argparse.Namespace) -> int:
     prefetcher = CUDAPrefetcher(loader, opt) if on_cuda else CPUPrefetcher(loader)
     stop, losses = Stop(), FiniteLosses()
 
-    def save(iteration: int) -> None:
+    def save(iteration: int, latest: bool = False) -> None:
         if losses.bad:
             logger.warning(f"iteration {iteration} is not saved: its loss is not finite")
-        else:
-            model.save(iteration // epoch_iters, iteration)
+            return
+        for name, net in vars(model).items():
+            is_network = name.startswith("net_") and isinstance(net, torch.nn.Module)
+            damaged = not_finite(model.get_bare_model(net)) if is_network else None
+            if damaged is not None:
+                raise UserError(
+                    f"training stopped at iteration {iteration}, which is not saved: {damaged} of {name} holds NaN or"
+                    " infinite values; the last checkpoint before is kept. Lower the learning rate, or check the data"
+                )
+        model.save(*((-1, -1) if latest else (iteration // epoch_iters, iteration)))
 
     def validation(iteration: int) -> None:
         for val_set in val_sets:
@@ -390,7 +398,7 @@ def train(args: argparse.Namespace) -> int:
 
         seconds = datetime.timedelta(seconds=int(time.time() - started))
         logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
-        model.save(epoch=-1, current_iter=-1)
+        save(iteration, latest=True)
         validation(iteration)
     finally:
         close(prefetcher.loader)
