@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -306,3 +307,93 @@ def test_a_prior_that_overflows_is_named(value):
     found = Solver(bad, [(y, degradation)], settings, image_noise(0, ["a", "b"]), names=["a.png", "b.png"]).run()
     assert found.failed == [None, "b.png: the prior's prediction turned non-finite in step 1"]
     assert found.image[1].isnan().all() and found.image[0].isfinite().all()
+
+
+# Precisions and threads
+
+
+def restoring(net: nn.Module, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """eps of a UCDIR network, from its own prediction."""
+    lq = x.flip(-1)
+    return net.denoise(x, level, lq, net.prepare(net.guide(lq, net.predict(lq))), None)
+
+
+ADM = {
+    "type": "ADMUNet",
+    "image_size": 16,
+    "num_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [8],
+    "num_head_channels": 16,
+}
+NETWORKS = {
+    "predictor": (TINY_PREDICTOR, lambda net, x, level: net(x)),
+    "UCDIR, AKGM": (TINY["network_g"], restoring),
+    "UCDIR, addition": (merged(TINY["network_g"], {"denoiser": {"integration": "addition"}}), restoring),
+    "ADM": (ADM, lambda net, x, level: net(x, level * 999)),
+    "FFDNet": ({"type": "FFDNet"}, lambda net, x, level: net(x, level)),
+}
+BOUNDS = {None: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Relative RMS difference from float64; measured at most 8e-7, 1.5e-3 and 1.2e-2 (CPU, random weights)."""
+
+
+@pytest.mark.parametrize("seeds", [1, pytest.param(200, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_precisions_agree(name, seeds, record_property):
+    """float32, and float16 and bfloat16 by autocast, against the same network in float64."""
+    config, call = NETWORKS[name]
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        net = build_arch(config).eval()
+        for weight in net.parameters():  # those that start at zero hide what is before them
+            if not weight.any():
+                nn.init.normal_(weight, 0, 0.05)
+        x, level = torch.rand(2, 3, 16, 16) * 2 - 1, torch.rand(2)
+        with torch.no_grad():
+            exact = call(deepcopy(net).double(), x.double(), level.double())
+            for dtype in BOUNDS:
+                with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                    found = call(net, x, level).double()
+                error = ((found - exact).square().mean() / exact.square().mean()).sqrt()
+                worst[dtype] = max(worst[dtype], float(error))
+    if seeds > 1:
+        figures = ", ".join(f"{str(dtype or 'torch.float32')[6:]} {value:.1e}" for dtype, value in worst.items())
+        record_property("largest relative RMS difference from float64", figures)
+    assert all(worst[dtype] < bound for dtype, bound in BOUNDS.items()), worst
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("steps", [1, pytest.param(100, marks=pytest.mark.campaign)])
+def test_threads_agree(steps, threads, record_property):
+    """Gradients of a training step, and a restored image, with 1, 2 and 4 threads, each step from the same weights."""
+    model = make({"train": {"optim_g": {"type": "SGD", "lr": 1e-2}, "grad_clip": None}})
+    tester = make({"val": {"sampling": {"steps": 3}}}, is_train=False)
+    worst = {"gradient": 0.0, "restored, of 255": 0.0}
+    for number in range(steps):
+        state = deepcopy(model.net_g.state_dict())
+        found = {}
+        for count in (1, 2, 4):
+            threads(count)
+            model.net_g.load_state_dict(state)
+            step(model, number + 1, batch(size=32, first=4 * number))
+            gradient = torch.cat([p.grad.flatten() for p in model.net_g.parameters()])
+            tester.net_g.load_state_dict(state)
+            tester.feed_data({**batch(1, 48, number), "key": [f"{number}"]})
+            tester.test()
+            found[count] = gradient, tester.output.clamp(0, 1) * 255
+        for count in (2, 4):
+            error = (found[count][0] - found[1][0]).norm() / found[1][0].norm()
+            worst["gradient"] = max(worst["gradient"], float(error))
+            worst["restored, of 255"] = max(worst["restored, of 255"], float((found[count][1] - found[1][1]).abs().max()))
+    if steps > 1:
+        for name, value in worst.items():
+            record_property(f"largest difference of 2 and 4 threads from 1: {name}", f"{value:.1e}")
+    assert worst["gradient"] < 1e-4 and worst["restored, of 255"] < 0.5, worst

@@ -134,7 +134,7 @@ def _first(names: list[str]) -> str:
 
 
 def not_finite(net: nn.Module, state: Optional[Mapping[str, torch.Tensor]] = None) -> str | None:
-    """The first weight that holds NaN or infinity, or buffer that holds NaN (a mask may be infinite); None: all is well.
+    """The first weight that holds NaN or infinity, or buffer that holds NaN (a mask may be infinite), if there is one.
 
     Args:
         state: these values instead of the network's own.

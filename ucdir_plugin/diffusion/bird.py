@@ -36,7 +36,7 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
     """Levels of noise equally spaced in log(sigma), sigma of x_t / sqrt(alpha_bar) on the scale of [0, 1].
 
     Raises:
-        UserError: unless start > end > 0, or start = end and one step.
+        UserError: unless start > end > 0, or start = end and one step; for levels beyond those of a schedule.
     """
     at_least_one(steps=steps)
     if not (start > end > 0 or (start == end > 0 and steps == 1)):
@@ -45,7 +45,10 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
         )
     sigma = np.exp(np.linspace(math.log(end), math.log(start), steps)) if steps > 1 else np.array([start])
     alpha_bar = 1 / (1 + 4 * sigma**2)
-    return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+    try:
+        return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+    except ValueError as err:
+        raise UserError(f"sigma_start {start:.4g} to sigma_end {end:.4g}: {err}") from err
 
 
 def reverse_schedule(prior: Prior, settings: Settings) -> NoiseSchedule:

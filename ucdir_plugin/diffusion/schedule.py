@@ -8,8 +8,9 @@ import torch
 SPACINGS = ("uniform", "trailing", "quadratic")
 """The ways of :meth:`NoiseSchedule.respace` to choose levels."""
 
-LEAST_ALPHA_BAR = 1e-30
-"""Of a schedule's noisiest level: sigma = sqrt(1 / alpha_bar - 1), and its square, stay within float32."""
+LEAST_ALPHA_BAR = 1e-12
+"""Of a schedule's noisiest level. Below, 1 - beta of a respaced step is lost in rounding, and x_0 = x_t / sqrt(alpha_bar)
+- ... in float32."""
 
 
 class NoiseSchedule:
