@@ -83,14 +83,22 @@ def judge(samples: list[Sample], unit: str, long: bool, record_property) -> None
     first, last = np.median(each[:tenth]), np.median(each[-tenth:])
     record_property(f"{unit}s", samples[-1].step)
     record_property(f"bytes a {unit} (line through resident memory)", f"{slope:.1f} +- {error:.1f}")
-    record_property("resident MB, first hundredth and end", f"{warm[0].memory / 2**20:.1f}, {warm[-1].memory / 2**20:.1f}")
+    record_property(
+        "resident MB, first hundredth and end", f"{warm[0].memory / 2**20:.1f}, {warm[-1].memory / 2**20:.1f}"
+    )
     record_property("scatter around the line, KB", f"{noise / 1024:.0f}")
-    record_property("open files; child processes; tensors", f"{warm[-1].files}; {warm[-1].processes}; {tensors[0]}, {tensors[-1]}")
-    record_property(f"CPU ms a {unit}, median of first and last tenth", f"{first * 1e3:.2f}, {last * 1e3:.2f}: {last / first:.3f}")
+    record_property(
+        "open files; child processes; tensors", f"{warm[-1].files}; {warm[-1].processes}; {tensors[0]}, {tensors[-1]}"
+    )
+    record_property(
+        f"CPU ms a {unit}, median of first and last tenth", f"{first * 1e3:.2f}, {last * 1e3:.2f}: {last / first:.3f}"
+    )
     assert slope * (steps[-1] - steps[0]) < GROWTH
 
 
-LENGTHS = pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["quick", "long"])
+LENGTHS = pytest.mark.parametrize(
+    "long", [False, pytest.param(True, marks=pytest.mark.campaign)], ids=["quick", "long"]
+)
 
 
 @pytest.fixture(autouse=True)

@@ -341,8 +341,9 @@ BOUNDS = {None: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 @pytest.mark.parametrize("seeds", [1, pytest.param(200, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_precisions_agree(name, seeds, record_property):
-    """float32, and float16 and bfloat16 by autocast, against the same network in float64."""
+    """float32, and float16 and bfloat16 by autocast, against the same network in float64 (ADM's body has no such type)."""
     config, call = NETWORKS[name]
+    exactly = torch.float32 if name == "ADM" else torch.float64
     worst = dict.fromkeys(BOUNDS, 0.0)
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -352,7 +353,7 @@ def test_precisions_agree(name, seeds, record_property):
                 nn.init.normal_(weight, 0, 0.05)
         x, level = torch.rand(2, 3, 16, 16) * 2 - 1, torch.rand(2)
         with torch.no_grad():
-            exact = call(deepcopy(net).double(), x.double(), level.double())
+            exact = call(deepcopy(net).to(exactly), x.to(exactly), level.to(exactly)).double()
             for dtype in BOUNDS:
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                     found = call(net, x, level).double()
@@ -360,7 +361,7 @@ def test_precisions_agree(name, seeds, record_property):
                 worst[dtype] = max(worst[dtype], float(error))
     if seeds > 1:
         figures = ", ".join(f"{str(dtype or 'torch.float32')[6:]} {value:.1e}" for dtype, value in worst.items())
-        record_property("largest relative RMS difference from float64", figures)
+        record_property("largest relative RMS difference", figures)
     assert all(worst[dtype] < bound for dtype, bound in BOUNDS.items()), worst
 
 
@@ -375,7 +376,7 @@ def threads():
 def test_threads_agree(steps, threads, record_property):
     """Gradients of a training step, and a restored image, with 1, 2 and 4 threads, each step from the same weights."""
     model = make({"train": {"optim_g": {"type": "SGD", "lr": 1e-2}, "grad_clip": None}})
-    tester = make({"val": {"sampling": {"steps": 3}}}, is_train=False)
+    tester = make({"val": {"sampling": {"steps": 2}}}, is_train=False)
     worst = {"gradient": 0.0, "restored, of 255": 0.0}
     for number in range(steps):
         state = deepcopy(model.net_g.state_dict())
@@ -383,16 +384,18 @@ def test_threads_agree(steps, threads, record_property):
         for count in (1, 2, 4):
             threads(count)
             model.net_g.load_state_dict(state)
-            step(model, number + 1, batch(size=32, first=4 * number))
+            step(model, number + 1, batch(2, 32, 2 * number))
             gradient = torch.cat([p.grad.flatten() for p in model.net_g.parameters()])
             tester.net_g.load_state_dict(state)
-            tester.feed_data({**batch(1, 48, number), "key": [f"{number}"]})
+            tester.feed_data({**batch(1, 40, number), "key": [f"{number}"]})
             tester.test()
             found[count] = gradient, tester.output.clamp(0, 1) * 255
         for count in (2, 4):
             error = (found[count][0] - found[1][0]).norm() / found[1][0].norm()
             worst["gradient"] = max(worst["gradient"], float(error))
-            worst["restored, of 255"] = max(worst["restored, of 255"], float((found[count][1] - found[1][1]).abs().max()))
+            worst["restored, of 255"] = max(
+                worst["restored, of 255"], float((found[count][1] - found[1][1]).abs().max())
+            )
     if steps > 1:
         for name, value in worst.items():
             record_property(f"largest difference of 2 and 4 threads from 1: {name}", f"{value:.1e}")

@@ -87,7 +87,9 @@ def sides(least: int = 1, most: int = 40) -> st.SearchStrategy:
 
 def images(height: int, width: int, seed: int, batch: int = 1, channels: int = 3) -> torch.Tensor:
     """(B, C, H, W) in [0, 1], float64: equalities hold to rounding."""
-    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        batch, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 SEEDS = st.integers(0, 2**32)
@@ -115,8 +117,13 @@ def schedules(draw, most: int = 3000) -> NoiseSchedule:
 def test_schedule(schedule):
     """alpha_bar falls from below 1; the posterior is Bayes' rule; at t = 0 it is x_0."""
     bars, before = schedule.alpha_bar, schedule.alpha_bar_prev
-    assert 0 < bars[-1] and bars[0] < 1 and (np.diff(bars) < 0).all()
-    for name in ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"):
+    assert bars[-1] > 0 and bars[0] < 1 and (np.diff(bars) < 0).all()
+    for name in (
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    ):
         assert np.isfinite(getattr(schedule, name)).all(), name
     rounding = 1e-14 / schedule.betas.min()  # of 1 - alpha_bar
     np.testing.assert_allclose(schedule.posterior_mean_coef1[0], 1, rtol=rounding)
@@ -212,7 +219,7 @@ def grid_or_error(height, width, tile, overlap, stride, kind):
 
 @holds(parts=grids())
 def test_each_pixel_is_kept_once(parts):
-    height, width, tile, overlap, stride, kind = parts
+    height, width, tile = parts[:3]
     grid = grid_or_error(*parts)
     if grid is None:
         return
@@ -269,7 +276,9 @@ def test_adjoints(height, width, factor, half, mixing, padding, kind, seed):
     size = math.ceil(height / factor) * factor, math.ceil(width / factor) * factor
     operator = operators(*size, factor, seed)[kind]
     x = images(size[0] + 2 * border, size[1] + 2 * border, seed, 2)
-    kernel = images(2 * half + 1, 2 * half + 1, seed + 1, 2, 9 if mixing else 3).view(2, 3, -1, 2 * half + 1, 2 * half + 1)
+    kernel = images(2 * half + 1, 2 * half + 1, seed + 1, 2, 9 if mixing else 3).view(
+        2, 3, -1, 2 * half + 1, 2 * half + 1
+    )
     degradation = Degradation(kernel, operator=operator, padding=padding)
     y = degradation(x)
     assert y.shape[-2:] == (size[0] // operator.shrinks, size[1] // operator.shrinks)
@@ -350,7 +359,7 @@ def test_padding(height, width, multiple, always, seed):
     found = pad_to_multiple(image, multiple, always)
     torch.testing.assert_close(found[..., :height, :width], image, rtol=0, atol=0)
     for side, padded in zip((height, width), found.shape[-2:]):
-        assert padded % multiple == 0 or not always and padded == side and side % multiple == 0
+        assert padded % multiple == 0 or (not always and padded == side and side % multiple == 0)
         assert (side < padded <= side + multiple) if always or side % multiple else padded == side
     assert torch.isin(found, image).all()
 
@@ -363,24 +372,20 @@ def test_padding(height, width, multiple, always, seed):
     decay=st.floats(0, 0.9999), start=st.integers(0, 6), seed=SEEDS, count=st.integers(1, 12),
 )  # fmt: skip
 def test_average(decay, start, seed, count):
-    """sum of w_k prod (1 - w_j), in closed form; within the range of what it averages."""
+    """A weighted mean of all weights so far, the first among them; a copy of the last until it starts."""
     stream = torch.Generator().manual_seed(seed)
     live, ema = torch.nn.Linear(2, 2).double(), torch.nn.Linear(2, 2).double()
-    expected, seen = None, []
+    seen, shares = [ema.weight.detach().clone()], [1.0]
     for iteration in range(1, count + 1):
         with torch.no_grad():
             live.weight.copy_(torch.randn(2, 2, generator=stream, dtype=torch.float64))
-        seen.append(live.weight.detach().clone())
+        update_average(ema, live, iteration, start, decay)
         updates = iteration - start
         kept = min(decay, (1 + updates) / (10 + updates)) if updates > 0 else 0.0
-        expected = seen[-1] if expected is None else kept * expected + (1 - kept) * seen[-1]
-        update_average(ema, live, iteration, start, decay)
-        if iteration <= start or count == 1:
-            expected = seen[-1] if iteration <= start else expected
-    if start >= 1 or decay == 0:
-        torch.testing.assert_close(ema.weight, expected, rtol=1e-9, atol=1e-12)
-        assert (ema.weight <= torch.stack(seen).amax(0) + 1e-12).all()
-        assert (ema.weight >= torch.stack(seen).amin(0) - 1e-12).all()
+        seen.append(live.weight.detach().clone())
+        shares = [*(share * kept for share in shares), 1 - kept]
+    assert sum(shares) == pytest.approx(1)
+    torch.testing.assert_close(ema.weight, sum(w * share for w, share in zip(seen, shares)), rtol=1e-9, atol=1e-12)
 
 
 # Metrics
@@ -427,7 +432,9 @@ VALUES = st.one_of(
     st.dictionaries(st.sampled_from(["type", "a", "lr", "x:y", 3, True]), SCALARS, max_size=2),
     st.sampled_from([{"type": "L1Loss"}, {"type": {"type": 3}}, {"type": "SIDUNet"}, {"type": "UCDIR"}]),
 )
-NAMES = st.one_of(st.sampled_from(["foo", "type", "lr", "[x]", "int", 3, True, "network_x", "_base_"]), st.text(max_size=5))
+NAMES = st.one_of(
+    st.sampled_from(["foo", "type", "lr", "[x]", "int", 3, True, "network_x", "_base_"]), st.text(max_size=5)
+)
 
 
 def places(node: Any, above: tuple = ()) -> Iterator[tuple]:
@@ -514,7 +521,7 @@ def here(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workplace.folder / "options.yml"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _options_of(file: Path) -> dict:
     return read_options(str(file))
 
@@ -601,7 +608,9 @@ def test_values_of_the_command_line_are_read_or_named(text):
         assert "--force_yml" in str(err)
 
 
-KEYS = sorted({":".join(map(str, path)) for opt in SMALL for path in places(opt)} | {"a:b", "name", ":", "train:", "=", "x"})
+KEYS = sorted(
+    {":".join(map(str, path)) for opt in SMALL for path in places(opt)} | {"a:b", "name", ":", "train:", "=", "x"}
+)
 
 
 @holds(

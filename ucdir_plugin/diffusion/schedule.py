@@ -9,8 +9,8 @@ SPACINGS = ("uniform", "trailing", "quadratic")
 """The ways of :meth:`NoiseSchedule.respace` to choose levels."""
 
 LEAST_ALPHA_BAR = 1e-12
-"""Of a schedule's noisiest level. Below, 1 - beta of a respaced step is lost in rounding, and x_0 = x_t / sqrt(alpha_bar)
-- ... in float32."""
+"""Of a schedule's noisiest level. Below, 1 - beta of a respaced step is lost in rounding, and in float32 the x_0 that
+is predicted from x_t."""
 
 
 class NoiseSchedule:
