@@ -46,7 +46,7 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
     sigma = np.exp(np.linspace(math.log(end), math.log(start), steps)) if steps > 1 else np.array([start])
     alpha_bar = 1 / (1 + 4 * sigma**2)
     try:
-        return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+        return NoiseSchedule.of(alpha_bar)
     except ValueError as err:
         raise UserError(f"sigma_start {start:.4g} to sigma_end {end:.4g}: {err}") from err
 
