@@ -43,7 +43,7 @@ from ucdir_plugin.options import load_options, option_text, share_batch
 from ucdir_plugin.restorer import versions
 from ucdir_plugin.sizing import check_options_fit
 from ucdir_plugin.validation import bare_networks, handles, validate
-from ucdir_plugin.weights import find_weights, sha256_of
+from ucdir_plugin.weights import find_weights, not_finite, sha256_of
 
 
 def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -167,12 +167,35 @@ def start_log(opt: dict, kind: str) -> logging.Logger:
     return logger
 
 
-def build(what: str, builder: Any, opt: dict) -> Any:
-    """Call a builder of BasicSR; what it raises about the user's options becomes one line."""
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """What is raised about the user's options, by code that does not check them, becomes one line; not a lost rank.
+
+    Raises:
+        UserError: with ``what`` in front.
+    """
+    kinds = (AssertionError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError)
     try:
-        return builder(opt)
-    except (AssertionError, ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError) as err:
+        yield
+    except (*kinds, TypeError, ValueError) as err:
+        if is_of_lost_rank(err):
+            raise
         raise UserError(f"{what}: {type(err).__name__}: {err}") from err
+
+
+def build(what: str, builder: Any, opt: dict) -> Any:
+    """Call a builder of BasicSR.
+
+    Raises:
+        UserError: as :func:`one_line`.
+    """
+    with one_line(what):
+        return builder(opt)
+
+
+def first_step(first: bool) -> contextlib.AbstractContextManager:
+    """Around a training step: of the first, what is raised is about options that do not go together."""
+    return one_line("the first training step failed") if first else contextlib.nullcontext()
 
 
 def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
@@ -386,13 +409,21 @@ def train(args: argparse.Namespace) -> int:
     stop, losses = Stop(), FiniteLosses()
     iteration = saved = start
 
-    def save() -> None:
+    def save(latest: bool = False) -> None:
         nonlocal saved
         saved = iteration  # or cannot be
         if losses.bad:
             logger.warning(f"iteration {iteration} is not saved: its loss is not finite")
-        else:
-            model.save(iteration // epoch_iters, iteration)
+            return
+        for name, net in vars(model).items():
+            is_network = name.startswith("net_") and isinstance(net, torch.nn.Module)
+            damaged = not_finite(model.get_bare_model(net)) if is_network else None
+            if damaged is not None:
+                raise UserError(
+                    f"training stopped at iteration {iteration}, which is not saved: {damaged} of {name} holds NaN or"
+                    " infinite values; the last checkpoint before is kept. Lower the learning rate, or check the data"
+                )
+        model.save(*((-1, -1) if latest else (iteration // epoch_iters, iteration)))
 
     @contextlib.contextmanager
     def between_steps() -> Iterator[None]:
@@ -425,8 +456,9 @@ def train(args: argparse.Namespace) -> int:
             step = iteration + 1
             model.update_learning_rate(step, opt["train"].get("warmup_iter", -1))
             seed_everything(seed, "step", step, opt["rank"])
-            model.feed_data(data)
-            model.optimize_parameters(step)
+            with first_step(step == start + 1):
+                model.feed_data(data)
+                model.optimize_parameters(step)
             losses.look(model, step)
             iteration = step
             iter_timer.record()
@@ -449,7 +481,7 @@ def train(args: argparse.Namespace) -> int:
 
         seconds = datetime.timedelta(seconds=int(time.time() - started))
         logger.info(f"end of training at iteration {iteration} after {seconds}; saving the latest model")
-        model.save(epoch=-1, current_iter=-1)
+        save(latest=True)
         validation()
     except Stopped:
         if iteration > saved:

@@ -163,6 +163,7 @@ def _whole(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 NotNegativeInt = Annotated[Int, Field(ge=0)]
+TimeSteps = Annotated[PositiveInt, Field(le=1_000_000)]
 
 
 def _file_name(value: str) -> str:
@@ -185,20 +186,27 @@ class ScheduleOptions(_Schema):
     """Training noise schedule; ``start`` and ``end`` are betas, of the linear one."""
 
     type: Literal["linear", "cosine"] = "linear"
-    timesteps: PositiveInt = Field(2000, le=1_000_000)
+    timesteps: TimeSteps = 2000
     start: float = Field(1e-6, gt=0, lt=1)
     end: float = Field(1e-2, gt=0, lt=1)
 
     def schedule(self) -> NoiseSchedule:
-        if self.type == "cosine":
-            return NoiseSchedule.cosine(self.timesteps)
-        return NoiseSchedule.linear(self.timesteps, self.start, self.end)
+        """
+        Raises:
+            UserError: if there is none of these numbers.
+        """
+        try:
+            if self.type == "cosine":
+                return NoiseSchedule.cosine(self.timesteps)
+            return NoiseSchedule.linear(self.timesteps, self.start, self.end)
+        except ValueError as err:
+            raise UserError(f"option diffusion: {err}") from err
 
 
 class PriorScheduleOptions(ScheduleOptions):
     """That of a prior: DDPM's, which :func:`ucdir_plugin.priors.load_prior` takes a file of weights to be of."""
 
-    timesteps: PositiveInt = Field(1000, le=1_000_000)
+    timesteps: TimeSteps = 1000
     start: float = Field(1e-4, gt=0, lt=1)
     end: float = Field(2e-2, gt=0, lt=1)
 
@@ -225,12 +233,14 @@ class SamplingOptions(_Schema):
     cache_mb: NotNegativeInt = 1024
 
 
-def _check_sampling(sampling: Mapping[str, Any], timesteps: int, where: str = "val:sampling:") -> None:
+def _check_sampling(options: SamplingOptions, training: NoiseSchedule, where: str = "val:sampling:") -> None:
     """What the keys of SamplingOptions say together."""
+    from ucdir_plugin.sampling import sampling_schedule  # which imports the networks
 
     def fault(key: str, message: str) -> None:
         raise UserError(f"option {where}{key}: {message}")
 
+    sampling, timesteps = options.model_dump(), len(training)
     steps, start = sampling["steps"], sampling["start_timestep"]
     if start is not None and start > timesteps:
         fault("start_timestep", f"{start} is more than the schedule's {timesteps} (diffusion)")
@@ -249,10 +259,17 @@ def _check_sampling(sampling: Mapping[str, Any], timesteps: int, where: str = "v
             f"{sampling['overlap']} must be smaller than half the tile ({sampling['tile']}):"
             f" take at most {(sampling['tile'] - 1) // 2}, or a larger tile",
         )
+    try:
+        sampling_schedule(training, options)
+    except ValueError as err:
+        fault("rescale_end" if sampling["spacing"] == "rescale" else "spacing", str(err))
 
 
-def sampling_options(values: Mapping[str, Any], timesteps: int) -> SamplingOptions:
+def sampling_options(values: Mapping[str, Any], training: NoiseSchedule) -> SamplingOptions:
     """Sampling options from elsewhere than an option file, checked.
+
+    Args:
+        training: the network's.
 
     Raises:
         UserError: naming the first key that is unknown or wrong, with the cure.
@@ -265,7 +282,7 @@ def sampling_options(values: Mapping[str, Any], timesteps: int) -> SamplingOptio
             key = error["loc"][-1]
             raise UserError(f"unknown option {key}; {did_you_mean(key, SamplingOptions.model_fields)}") from err
         raise UserError(_explain(error)) from err
-    _check_sampling(checked.model_dump(), timesteps, "")
+    _check_sampling(checked, training, "")
     return checked
 
 
@@ -488,10 +505,11 @@ def _fields_at(loc: tuple) -> List[str]:
 
 
 def _explain(error: dict) -> str:
-    # Branches of a Union show up as extra parts of the location: they are no option names.
-    loc = [
-        part for part in error["loc"] if not (isinstance(part, str) and re.search(r"[\[\]]|^(int|float|str)$", part))
-    ]
+    # Branches of a Union show up as extra parts of the location: they are no option names. An unknown one is itself.
+    branch = re.compile(r"[\[\]]|^(int|float|str)$")
+    *above, last = error["loc"] or ("",)
+    kept = [part for part in above if not (isinstance(part, str) and branch.search(part))]
+    loc = kept if error["type"] != "extra_forbidden" and branch.search(str(last)) else [*kept, last]
     name = ":".join(str(part) for part in loc)
     if error["type"] == "extra_forbidden":
         return f"unknown option {name}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
@@ -593,7 +611,7 @@ def _check_train(train: Mapping[str, Any], network: Mapping[str, Any], own_model
             getattr(lr_scheduler, name), {k: v for k, v in scheduler.items() if k != "type"}, "train:scheduler", given=1
         )
     for key, value in train.items():
-        if key.endswith("_opt") and isinstance(value, Mapping):
+        if key.endswith("_opt") and value is not None:
             check_registered("loss", value, f"train:{key}")
     predictor = train.get("predictor") or {}
     for key in ("lr", "frozen"):
@@ -724,14 +742,18 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         raise UserError(f"{where}: a mapping of options is expected")
     check_plain(raw, where)
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        fault = " is missing" if model_type is None else f": a model's name is expected, got {model_type!r}"
+        raise UserError(f"{where}: option model_type{fault}")
     for key in ("network_g", "diffusion", "train", "compile"):
-        if raw.get("model_type") == "BIRDModel" and raw.get(key):
+        if model_type == "BIRDModel" and raw.get(key):
             raise UserError(
                 f"{where}: option {key} has no meaning for BIRDModel, which restores without training; remove it"
             )
-    blind = raw.get("model_type") == "BIRDModel"
-    own_model = raw.get("model_type") in _FOREIGN
-    prior = raw.get("model_type") == "DiffusionPriorModel"
+    blind = model_type == "BIRDModel"
+    own_model = model_type in _FOREIGN
+    prior = model_type == "DiffusionPriorModel"
     diffusion = raw.get("diffusion", {})
     if isinstance(diffusion, dict):
         cosine = diffusion.get("type") == "cosine"
@@ -751,8 +773,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             loc = error["loc"]
             if loc[0] == "datasets" and len(loc) > 2:
                 kind = datasets[loc[1]].get("type") if isinstance(datasets.get(loc[1]), dict) else None
-                return kind not in _MEANINGLESS
-            return raw.get("model_type") not in _KNOWN_MODELS
+                return isinstance(kind, str) and kind not in _MEANINGLESS
+            return model_type not in _KNOWN_MODELS
 
         faults = [e for e in err.errors() if not foreign(e)]
         if faults:
@@ -828,7 +850,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
                 raise UserError(f"option {path} has no meaning for {opt['model_type']}; remove it")
         if not prior:
             del opt["val"]["samples"]
-        _check_sampling(opt["val"]["sampling"], opt["diffusion"]["timesteps"])
+        training = (PriorScheduleOptions if prior else ScheduleOptions)(**opt["diffusion"]).schedule()
+        _check_sampling(SamplingOptions(**opt["val"]["sampling"]), training)
         if blind:
             del opt["diffusion"], opt["val"]["sampling"], opt["compile"]
         elif not own_model:

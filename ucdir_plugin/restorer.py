@@ -345,8 +345,7 @@ def load_model(
     if opt.get("compile"):
         net.compile_networks()
     diffusion = isinstance(net, UCDIR)
-    training = ScheduleOptions(**opt.get("diffusion", {}))
-    schedule = training.schedule() if diffusion else None
+    training = ScheduleOptions(**opt.get("diffusion", {})).schedule()
     about = {
         "model": opt["name"],
         "network": type(net).__name__,
@@ -356,8 +355,10 @@ def load_model(
         # The overlap from which on patches equal the whole image; None: the network looks at all of it.
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
-    options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training.timesteps, type(net).__name__)
-    return Restorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], about, notes)
+    options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
+    return Restorer(
+        net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes
+    )
 
 
 def _blind(
@@ -390,7 +391,7 @@ def _blind(
 
 
 def _sampling(
-    opt: dict, given: Dict[str, Any], dtype: Optional[str], diffusion: bool, timesteps: int, name: str
+    opt: dict, given: Dict[str, Any], dtype: Optional[str], diffusion: bool, training: NoiseSchedule, name: str
 ) -> SamplingOptions:
     if dtype is not None:
         if dtype not in ("fp32", "bf16", "fp16"):
@@ -407,7 +408,7 @@ def _sampling(
         given["tile"] = None
     if "sampler" in given and given["sampler"] != base.get("sampler"):
         base.pop("eta", None)  # the option file's is for its own sampler
-    return sampling_options({**base, **given}, timesteps)
+    return sampling_options({**base, **given}, training)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from ucdir_plugin import sampling
 from ucdir_plugin.diffusion.noise import generator
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.weights import not_finite
 
 BANDS = 4
 """The error of the noise is logged by noise level sqrt(alpha_bar): [0, 1/4), ... [3/4, 1]."""
@@ -103,6 +105,7 @@ class Stepper:
 
     Args:
         optimizer: what steps.
+        net: whose parameters are named in messages, those of the optimizer among them.
         device: the type of the device.
         grad_clip: largest norm of the gradient.
         amp: "fp16" needs a scaler.
@@ -113,51 +116,80 @@ class Stepper:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        net: nn.Module,
         device: str = "cpu",
         grad_clip: Optional[float] = None,
         amp: Optional[str] = None,
         limit: int = 10,
         clip: Optional[Callable[[float], torch.Tensor]] = None,
     ):
-        self.optimizer, self.limit, self.bad, self.bad_in_a_row = optimizer, limit, 0, 0
+        self.optimizer, self.net, self.limit, self.bad, self.bad_in_a_row = optimizer, net, limit, 0, 0
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
         self._largest, self._clip = grad_clip or float("inf"), clip or self._clip_parameters
 
+    def _parameters(self) -> List[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _clip_parameters(self, largest: float) -> torch.Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if largest < math.inf and bool(norm.isfinite()):  # else all would become NaN, and none could be named
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), largest, norm)
+        return norm
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        # An infinite loss may have a finite gradient (L1); times inf - inf it has none, which all ranks see.
+        self.scaler.scale(loss * (1 + (loss.detach() - loss.detach()))).backward()
 
-    def step(self, iteration: int, loss: Any, logger: logging.Logger) -> bool:
+    def step(self, iteration: int, losses: Mapping[str, Any], logger: logging.Logger) -> bool:
         """Whether the step was taken.
 
         Args:
-            iteration, loss: for the log.
+            iteration, losses: for the log; the losses by name, scalars.
 
         Raises:
-            UserError: after ``limit`` bad steps in a row.
+            UserError: after ``limit`` bad steps in a row, or at once where a weight has become NaN or infinite.
         """
         self.scaler.unscale_(self.optimizer)
+        scale = self.scaler.get_scale()
         # Gradients are the same on all ranks, and not finite where any rank's loss is not: all take the same way here.
         good = bool(torch.isfinite(self._clip(self._largest)))
         if good:
             self.scaler.step(self.optimizer)
             self.bad_in_a_row = 0
-        elif self.scaler.get_scale() <= 1:  # above 1, in fp16 only, it is an overflow that a lower scale cures
-            self._count(iteration, float(loss), logger)
+            weights = self._parameters()
+            # Before the average takes them over, or a checkpoint. The norm is one number for all; it may overflow.
+            if not bool(torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in weights]))):
+                self._check_weights(iteration)
         self.scaler.update()
+        # In fp16 it is mostly an overflow that a lower scale cures; not where the scale has stayed, or is 1 or less.
+        if not good and (scale <= 1 or self.scaler.get_scale() >= scale):
+            self._check_weights(iteration)
+            self._count(iteration, losses, logger)
         return good
 
-    def _count(self, iteration: int, loss: float, logger: logging.Logger) -> None:
+    def _check_weights(self, iteration: int) -> None:
+        damaged = not_finite(self.net)
+        if damaged is not None:
+            raise UserError(
+                f"training stopped at iteration {iteration}: the weight {damaged} is no longer finite; the last"
+                " checkpoint is kept. Lower the learning rate, or set grad_clip"
+            )
+
+    def _count(self, iteration: int, losses: Mapping[str, Any], logger: logging.Logger) -> None:
         self.bad += 1
         self.bad_in_a_row += 1
-        logger.warning(f"iteration {iteration}: loss {loss} or its gradient is not finite; step skipped ({self.bad})")
+        values = {name: float(value) for name, value in losses.items()}
+        faults = [f"the loss {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        grads = ((n, p.grad) for n, p in self.net.named_parameters() if p.grad is not None)
+        faults += [f"the gradient of {n} is not finite" for n, grad in grads if not bool(grad.isfinite().all())]
+        what = faults[0] if faults else "the norm of the gradient is not finite"  # another rank's loss: all gradients
+        logger.warning(f"iteration {iteration}: {what}; step skipped ({self.bad})")
         if self.bad_in_a_row >= self.limit:
             raise UserError(
-                f"training stopped at iteration {iteration}: {self.bad_in_a_row} steps in a row without"
-                " a finite loss; the last checkpoint is kept. Lower the learning rate, set grad_clip, or check the data"
+                f"training stopped at iteration {iteration}: {self.bad_in_a_row} steps in a row without a finite loss"
+                f" and gradient ({what}); the last checkpoint is kept. Lower the learning rate, set grad_clip, or check"
+                " the data"
             )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -329,10 +361,17 @@ class DiffusionTask(ABC):
             optim.setdefault("fused", True)
         return build_optimizer(kind, self.trained_parameters(net), **optim)
 
-    def stepper(self, optimizer: torch.optim.Optimizer, clip: Optional[Callable] = None) -> Stepper:
+    def stepper(self, optimizer: torch.optim.Optimizer, net: nn.Module, clip: Optional[Callable] = None) -> Stepper:
+        """The steps of an optimizer of ``net``'s parameters."""
         train = self.train_opt
         return Stepper(
-            optimizer, self.device.type, train.get("grad_clip"), train.get("amp"), train.get("max_bad_steps", 10), clip
+            optimizer,
+            net,
+            self.device.type,
+            train.get("grad_clip"),
+            train.get("amp"),
+            train.get("max_bad_steps", 10),
+            clip,
         )
 
     def noise_loss(self, eps: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

@@ -186,13 +186,28 @@ def _first(names: list[str]) -> str:
     return f"{len(names)} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
+def not_finite(net: nn.Module, state: Optional[Mapping[str, torch.Tensor]] = None) -> str | None:
+    """The first weight that holds NaN or infinity, or buffer that holds NaN (a mask may be infinite), if there is one.
+
+    Args:
+        state: these values instead of the network's own.
+    """
+    learned = {name for name, _ in net.named_parameters()}
+    for name, value in (net.state_dict() if state is None else state).items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            fine = value.isfinite() if name in learned else ~value.isnan()
+            if not bool(fine.all()):
+                return name
+    return None
+
+
 def fitting_state_dict(
     net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True
 ) -> dict[str, torch.Tensor]:
     """What of ``state`` fits into ``net``: all of it if ``strict``.
 
     Raises:
-        UserError: naming the first key that is missing, unexpected or of another shape.
+        UserError: naming the first key that is missing, unexpected or of another shape, or that holds NaN.
     """
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} holds no weights: a mapping of names to tensors is expected")
@@ -213,7 +228,11 @@ def fitting_state_dict(
                 f"has other shapes for {_first(misshapen)}: {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
             )
         raise UserError(f"checkpoint {path} is of another architecture than {type(net).__name__}: {'; '.join(faults)}")
-    return {k: v for k, v in state.items() if k in own and k not in misshapen}
+    fitting = {k: v for k, v in state.items() if k in own and k not in misshapen}
+    damaged = not_finite(net, fitting)
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: {damaged} holds NaN or infinite values; take an earlier one")
+    return fitting
 
 
 def load_state_dict(net: nn.Module, state: Mapping[str, torch.Tensor], path: str, strict: bool = True) -> None:

@@ -28,6 +28,7 @@ from ucdir_plugin.diffusion import bird, kernel
 from ucdir_plugin.diffusion.bird import Noise, Result, Trace
 from ucdir_plugin.diffusion.degradation import Degradation
 from ucdir_plugin.diffusion.prior import Prior
+from ucdir_plugin.diffusion.samplers import clamp_finite
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.diffusion.tasks import Settings
 from ucdir_plugin.errors import NotAvailable, UserError
@@ -283,7 +284,7 @@ class _Lent(nn.Module):
         level = (1 + 4 * sigma**2) ** -0.5
         x = x * 2 - 1
         eps = self.denoise(level * x, x.new_full((len(x),), level))[:, : self.channels]
-        x0 = ((x - 2 * sigma * eps + 1) / 2).clamp(0, 1)
+        x0 = clamp_finite((x - 2 * sigma * eps + 1) / 2, 0, 1)
         self.record(sigma, x0.detach())
         return x0
 

@@ -67,7 +67,11 @@ class EndlessSampler(Sampler):
 
 
 class KeyedDataset(Dataset):
-    """Any dataset, its random augmentation made a function of the sample number that :class:`EndlessSampler` gives."""
+    """Any dataset, its random augmentation made a function of the sample number that :class:`EndlessSampler` gives.
+
+    Raises:
+        UserError: naming an image that is not finite.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -78,6 +82,10 @@ class KeyedDataset(Dataset):
         seed_cpu(self.seed, "data", number)
         item = self.dataset[index]
         if isinstance(item, dict):
+            for name, value in item.items():  # of images: a condition that is left out is NaN
+                if torch.is_tensor(value) and value.dim() > 2 and not bool(value.isfinite().all()):
+                    path = item.get(f"{name}_path", item.get("key", f"number {index}"))
+                    raise UserError(f"image {path} ({name}) holds NaN or infinite values")
             item["sample_number"] = number
         return item
 

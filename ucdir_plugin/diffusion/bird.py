@@ -23,6 +23,7 @@ from ucdir_plugin.diffusion import guidance, tiling
 from ucdir_plugin.diffusion.degradation import Degradation, start_kernel
 from ucdir_plugin.diffusion.guidance import AdaptiveScale, Level, Observation
 from ucdir_plugin.diffusion.prior import Prior
+from ucdir_plugin.diffusion.samplers import clamp_finite
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.diffusion.tasks import Settings
 from ucdir_plugin.errors import UserError, at_least_one
@@ -35,7 +36,7 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
     """Levels of noise equally spaced in log(sigma), sigma of x_t / sqrt(alpha_bar) on the scale of [0, 1].
 
     Raises:
-        UserError: unless start > end > 0, or start = end and one step.
+        UserError: unless start > end > 0, or start = end and one step; for levels beyond those of a schedule.
     """
     at_least_one(steps=steps)
     if steps > 100_000:
@@ -46,7 +47,10 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
         )
     sigma = np.exp(np.linspace(math.log(end), math.log(start), steps)) if steps > 1 else np.array([start])
     alpha_bar = 1 / (1 + 4 * sigma**2)
-    return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+    try:
+        return NoiseSchedule.of(alpha_bar)
+    except ValueError as err:
+        raise UserError(f"sigma_start {start:.4g} to sigma_end {end:.4g}: {err}") from err
 
 
 def reverse_schedule(prior: Prior, settings: Settings) -> NoiseSchedule:
@@ -280,7 +284,7 @@ class Solver:
         out = self.denoise(x_t, x_t.new_full((len(x_t),), alpha_bar**0.5))
         eps, v = out[:, : self.prior.channels], out[:, self.prior.channels :]
         x0 = x_t / alpha_bar**0.5 - (1 / alpha_bar - 1) ** 0.5 * eps
-        return (x0.clamp(-1, 1) if self.settings.clip_x0 else x0), (v if self.prior.learned_variance else None)
+        return (clamp_finite(x0, -1, 1) if self.settings.clip_x0 else x0), (v if self.prior.learned_variance else None)
 
     def log_variance(self, x_t: torch.Tensor, v: Optional[torch.Tensor], t: int) -> torch.Tensor:
         """Of x_{t-1} given x_t: f log(beta) + (1 - f) log(beta~), f = (v + 1) / 2; log(beta~) without v."""
@@ -404,14 +408,16 @@ class Solver:
 
     def _finite(self, done: StepRecord) -> torch.Tensor:
         """The new state; an image that has lost its numbers is given up, and goes on as its guess, harmlessly."""
-        fine = done.x_prev.isfinite().flatten(1).all(1)
-        named = {"the image": fine}
+        named = {
+            "the prior's prediction": done.x0.isfinite().flatten(1).all(1),
+            "the image": done.x_prev.isfinite().flatten(1).all(1),
+        }
         for guided_loss, o in zip(done.guided.loss, self.observations):
             named["the loss"] = named.get("the loss", True) & guided_loss.isfinite().all(0)
             named["the kernel"] = named.get("the kernel", True) & o.degradation.kernel.isfinite().flatten(1).all(1)
             if o.scale is not None:
                 named["the guidance scale"] = named.get("the guidance scale", True) & o.scale.isfinite()
-        for what in ("the guidance scale", "the loss", "the kernel", "the image"):
+        for what in ("the prior's prediction", "the guidance scale", "the loss", "the kernel", "the image"):
             for i, good in enumerate(named[what].tolist() if what in named else []):
                 if not good and self.failed[i] is None:
                     self.failed[i] = f"{self.names[i]}: {what} turned non-finite in step {done.number + 1}"

@@ -10,6 +10,7 @@ two tensors of the image's size (ddpm, ddim) or three (the others), the noise of
 
 from __future__ import annotations
 
+import math
 from typing import Callable, Dict, NamedTuple, Optional, Union
 
 import numpy as np
@@ -240,12 +241,21 @@ SAMPLERS: Dict[str, Sampler] = {
 STRIP_ELEMENTS = 2**20
 
 
+def _strip_rows(x: torch.Tensor) -> int:
+    return max(1, STRIP_ELEMENTS * x.shape[-2] // x.numel())
+
+
 def _combine(y: torch.Tensor, a: float, x: torch.Tensor, b: float) -> torch.Tensor:
     """a y + b x, written into y strip by strip, so that no further tensor of the image's size is made."""
-    rows = max(1, STRIP_ELEMENTS * y.shape[-2] // y.numel())
+    rows = _strip_rows(y)
     for y_strip, x_strip in zip(y.split(rows, -2), x.split(rows, -2)):
         y_strip.mul_(float(a)).add_(x_strip * float(b))
     return y
+
+
+def clamp_finite(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """``x.clamp(low, high)`` with NaN where x is infinite: what has overflowed must not look like black or white."""
+    return torch.where(x.isinf(), math.nan, x.clamp(low, high))
 
 
 def _first(schedule: NoiseSchedule, noise: StepNoise, start: Start) -> torch.Tensor:
@@ -272,7 +282,9 @@ def _predictor(
         if not clip_x0:
             return x0
         if dynamic_threshold is None:
-            return x0.clamp_(-1, 1)
+            for strip in x0.split(_strip_rows(x0), -2):
+                strip.copy_(clamp_finite(strip, -1, 1))
+            return x0
         size = x0.flatten(1).abs()
         rank = 1 + round(dynamic_threshold * (size.shape[1] - 1))
         limit = size.kthvalue(rank).values.clamp(min=1).view(-1, 1, 1, 1)  # torch.quantile stops at 2**24 elements

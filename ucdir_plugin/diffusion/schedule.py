@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 import torch
 
 SPACINGS = ("uniform", "trailing", "quadratic")
 """The ways of :meth:`NoiseSchedule.respace` to choose levels."""
+
+LEAST_ALPHA_BAR = 1e-12
+"""Of a schedule's noisiest level. Below, the x_0 that is predicted from x_t is lost in rounding of float32."""
 
 
 class NoiseSchedule:
@@ -16,9 +21,11 @@ class NoiseSchedule:
 
     Args:
         betas: variances of the forward steps, each in (0, 1).
+        alpha_bar: cumulated product of 1 - beta, of a schedule made from it; else it is computed.
 
     Raises:
-        ValueError: if ``betas`` is empty or leaves (0, 1).
+        ValueError: if ``betas`` is empty or leaves (0, 1), or if alpha_bar does not fall in each step from below 1 to
+            :data:`LEAST_ALPHA_BAR` at least, as numbers of float64.
 
     Attributes:
         alpha_bar: cumulated product of 1 - beta.
@@ -28,13 +35,20 @@ class NoiseSchedule:
         levels: noise levels sqrt(alpha_bar), length T + 1 with 1 (no noise) in front.
     """
 
-    def __init__(self, betas: np.ndarray):
+    def __init__(self, betas: np.ndarray, alpha_bar: Optional[np.ndarray] = None):
         self.betas = np.asarray(betas, dtype=np.float64)
-        if self.betas.ndim != 1 or not len(self.betas) or self.betas.min() <= 0 or self.betas.max() >= 1:
+        if self.betas.ndim != 1 or not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
             raise ValueError("betas must be a non-empty list of numbers between 0 and 1")
-        alphas = 1 - self.betas
-        self.alpha_bar = np.cumprod(alphas)
+        self.alpha_bar = np.cumprod(1 - self.betas) if alpha_bar is None else np.asarray(alpha_bar, dtype=np.float64)
+        if self.alpha_bar[-1] < LEAST_ALPHA_BAR:
+            raise ValueError(
+                f"{len(self.betas)} steps with betas up to {self.betas.max():g} leave {self.alpha_bar[-1]:.1e} of the"
+                f" image (alpha_bar), less than {LEAST_ALPHA_BAR:.0e}: take fewer steps or smaller betas"
+            )
+        if not (np.diff(self.alpha_bar, prepend=1.0) < 0).all():
+            raise ValueError(f"betas down to {self.betas.min():g} are too small: alpha_bar does not fall in each step")
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
+        alphas = self.alpha_bar / self.alpha_bar_prev
         self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         self.posterior_log_variance_clipped = np.log(np.maximum(self.posterior_variance, 1e-20))
         self.posterior_mean_coef1 = self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
@@ -43,6 +57,15 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    @classmethod
+    def of(cls, alpha_bar: np.ndarray) -> NoiseSchedule:
+        """The steps between these levels, which it has exactly.
+
+        Args:
+            alpha_bar: falling, within (0, 1).
+        """
+        return cls(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]), alpha_bar)
 
     @classmethod
     def linear(cls, timesteps: int, start: float, end: float) -> NoiseSchedule:
@@ -83,7 +106,7 @@ class NoiseSchedule:
         else:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
         alpha_bar = self.alpha_bar[indices.astype(int)]
-        return NoiseSchedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
+        return NoiseSchedule.of(alpha_bar)
 
     def truncate(self, timesteps: int) -> NoiseSchedule:
         """The first (cleanest) ``timesteps`` steps: where a sampler starts from a noised guess at t* < T.

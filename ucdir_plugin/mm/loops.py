@@ -52,7 +52,9 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         self.accumulate = accumulate
 
     def run(self) -> Any:
-        runner, sampler = self.runner, self.dataloader.sampler
+        from ucdir_plugin.engine import first_step
+
+        runner, sampler, start = self.runner, self.dataloader.sampler, self._iter
         if self._iter:
             close(self.dataloader_iterator._iterator)
             sampler.start = self._iter
@@ -69,7 +71,8 @@ class KeyedTrainLoop(IterBasedTrainLoop):
                 runner.model.train()
                 with self._between_steps(), hook.stop.at_once(PATIENCE) if waits else nullcontext():
                     batch = next(self.dataloader_iterator)
-                self.run_iter(batch)
+                with first_step(self._iter == start):
+                    self.run_iter(batch)
                 due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
                 if validates and due and not self.stop_training:
                     self._validate()

@@ -97,6 +97,11 @@ class DiffusionModel(BaseModel):
         """The averaged network if there is one."""
         return getattr(self, "net_g_ema", self.net_g)
 
+    def losses(self) -> Dict[str, torch.Tensor]:
+        """Means by name over what was ``seen``."""
+        names = self.seen[0][0] if self.seen else ()
+        return {name: torch.stack([terms[name] for terms, _, _ in self.seen]).mean() for name in names}
+
     def init_weights(self) -> None:
         """Nothing: networks initialise themselves, and weights may be loaded by now."""
 

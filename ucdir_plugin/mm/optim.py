@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from mmengine.logging import MMLogger
@@ -22,25 +22,29 @@ class DiffusionOptimWrapper(OptimWrapper):
         optimizer: what steps.
         stepper: its stepper.
         accumulative_counts: as in MMEngine.
+        losses: says those of the iteration by name, for messages.
 
     Attributes:
         stepped: whether the last iteration took a step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stepper: Stepper, accumulative_counts: int = 1):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        stepper: Stepper,
+        accumulative_counts: int = 1,
+        losses: Callable[[], Mapping[str, Any]] = dict,
+    ):
         super().__init__(optimizer, accumulative_counts)
-        self.stepper, self.stepped = stepper, False
+        self.stepper, self.stepped, self.losses = stepper, False, losses
         self._part: Optional[Tuple[float, bool]] = None
-        self._loss: Any = 0.0
 
     def part(self, share: float, last: bool) -> None:
         """The next loss is of this share of a batch; after the last part the step is taken."""
         self._part = (share, last)
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        loss = super().scale_loss(loss) if self._part is None else loss * self._part[0]
-        self._loss = self._loss + loss.detach()
-        return loss
+        return super().scale_loss(loss) if self._part is None else loss * self._part[0]
 
     def should_update(self) -> bool:
         return super().should_update() if self._part is None else self._part[1]
@@ -55,8 +59,7 @@ class DiffusionOptimWrapper(OptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         iteration = self.message_hub.get_info("iter", 0) + 1
-        loss, self._loss = self._loss, 0.0
-        self.stepped = self.stepper.step(iteration, loss, MMLogger.get_current_instance())
+        self.stepped = self.stepper.step(iteration, self.losses(), MMLogger.get_current_instance())
 
     def state_dict(self) -> Dict[str, Any]:
         kinds = [type(self.optimizer).__name__]
@@ -83,5 +86,5 @@ class DiffusionOptimConstructor:
         bare = model.module if is_model_wrapper(model) else model
         optimizer = bare.task.optimizer(bare.net_g)
         # A sharded model (FSDP) knows the norm over all its shards.
-        stepper = bare.task.stepper(optimizer, getattr(model, "clip_grad_norm_", None))
-        return DiffusionOptimWrapper(optimizer, stepper, self.accumulate)
+        stepper = bare.task.stepper(optimizer, bare.net_g, getattr(model, "clip_grad_norm_", None))
+        return DiffusionOptimWrapper(optimizer, stepper, self.accumulate, bare.losses)

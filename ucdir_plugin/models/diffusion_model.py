@@ -56,7 +56,7 @@ class DiffusionModel(SRModel):
         if train.get("amp") and isinstance(self.net_g, DataParallel):
             raise UserError("option train:amp: several GPUs in one process lose it; use torchrun, one process a GPU")
         self.setup_optimizers()
-        self.stepper = self.task.stepper(self.optimizer_g)
+        self.stepper = self.task.stepper(self.optimizer_g, self.get_bare_model(self.net_g))
         if train.get("scheduler"):
             self.setup_schedulers()
         self.sums = LossSums(self.task.band_log)
@@ -101,7 +101,7 @@ class DiffusionModel(SRModel):
             errors.append(error)
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + term.detach() * share
-        if self.stepper.step(current_iter, sum(losses.values()), get_root_logger()):
+        if self.stepper.step(current_iter, losses, get_root_logger()):
             self.sums.add(losses, drawn["noise_level"], torch.cat(errors))
             if self.ema_decay > 0:
                 live = self.get_bare_model(self.net_g)
