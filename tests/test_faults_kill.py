@@ -177,7 +177,7 @@ def undisturbed_pair(tmp_path_factory) -> Path:
 
 def test_either_of_two_processes_killed(undisturbed_pair, workplace):
     path, run = workplace.write(merged(OPTIONS, DOUBLE)), workplace.folder / "experiments" / "tiny"
-    for rank, moment, kept in ((0, ("save", 2, "half"), 0), (1, ("restoring", 1), 2), (1, ("step", 2, "after"), 2)):
+    for rank, moment, kept in ((0, ("save", 4, "half"), 2), (1, ("restoring", 1), 2)):
         ends = pair(workplace, path, {rank: functools.partial(dying, *moment)})
         assert ends[rank].returncode == -signal.SIGKILL, ends
         assert_one_line_error(ends[1 - rank], "has lost another rank", "--auto_resume")
@@ -224,7 +224,12 @@ SIGNALS = {  # number, where, workers, engine
 }
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+LONG = ("while data are waited for", "while MMEngine's worker hangs")  # 5 s of patience, each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.campaign) if name in LONG else name for name in SIGNALS]
+)
 def test_a_signal_saves_and_leaves_within_30_seconds(workplace, name, record_property):
     number, where, workers, which = SIGNALS[name]
     shutil.copytree(workplace.folder / "photos", workplace.folder / "safe")
@@ -355,7 +360,7 @@ def test_a_folder_killed_at_any_moment_goes_on(place, samples):
     assert files("out") == files("one") and records("out") == records("one")
 
 
-@pytest.mark.parametrize("call", [3, 4])
+@pytest.mark.parametrize("call", [3, pytest.param(2, marks=pytest.mark.campaign)])
 def test_what_is_overwritten_is_never_a_mix(place, call):
     """Killed between the new record and the new result, an image counted as finished: the new record, the old pixels."""
     small_photos(place, 2)
@@ -422,13 +427,13 @@ def test_killed_at_random_moments(request, tmp_path, record_property, processes,
     def go_on(place: Workplace, last: int) -> list:
         path = place.write(options)
         hook = functools.partial(counting, "train", last, "where")
-        if processes == 2:
+        if processes == 2 and last:
             return pair(place, path, {draw.randrange(2): hook})
         return [place.fork("train.py", "-opt", path, "--auto_resume", before=hook).wait()]
 
     (tmp_path / "count").mkdir()
     place = Workplace(tmp_path / "count")
-    assert [end.returncode for end in go_on(place, 0)] == [0] * processes
+    assert [end.returncode for end in go_on(place, 0)] == [0]  # two processes each make as many calls
     calls = int((place.folder / "where").read_text())
     while sum(places.values()) < kills:
         trainings += 1
@@ -441,7 +446,7 @@ def test_killed_at_random_moments(request, tmp_path, record_property, processes,
             if all(end.returncode == 0 for end in ends):
                 break
             codes = sorted(end.returncode for end in ends)
-            assert codes in ([-signal.SIGKILL], [-signal.SIGKILL, 2]), ends
+            assert codes in ([-signal.SIGKILL], [-signal.SIGKILL, 0], [-signal.SIGKILL, 2]), ends
             places[(place.folder / "where").read_text()] += 1
             assert newest(run) >= before
             before = newest(run)
