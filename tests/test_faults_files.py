@@ -36,7 +36,7 @@ from test_imageio import (
 from ucdir_plugin import imageio, memory
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
 from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import decode_image, image_size, read_photo
+from ucdir_plugin.imageio import decode_image, encode_result, image_size, read_photo, to_tensor
 
 ALL = {**KINDS, **LOSSY}
 CPU = torch.device("cpu")
@@ -269,7 +269,9 @@ def flipped(count, seed, folder, share=None):
     for _, content in flips(count, seed, share):
         photo = look(content, os.path.join(folder, "image.bin"))
         refused += isinstance(photo, UserError)
-        read += not isinstance(photo, UserError)
+        if not isinstance(photo, UserError):
+            read += 1
+            encode_result(to_tensor(photo)[0], photo, ".png")
     return read, refused
 
 

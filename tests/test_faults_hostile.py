@@ -92,6 +92,17 @@ def loaders(path):
     }
 
 
+def errors_of(functions):
+    """What each raises, or returns."""
+    found = []
+    for function in functions:
+        try:
+            found.append(str(function()))
+        except UserError as err:
+            found.append(err)
+    return found
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -185,10 +196,10 @@ LIES = {
 def test_files_that_lie_about_their_sizes(here, name):
     file = name.split(":")[0]
     Path(file).write_bytes(LIES[name]())
-    for load in loaders(file).values():
-        err, peak, _ = forked(load)
+    errors, peak, _ = forked(errors_of, loaders(file).values())
+    for err in errors:
         assert isinstance(err, UserError) and file in str(err) and len(str(err).splitlines()) == 1, err
-        assert peak < 2**27
+    assert peak < 2**27
 
 
 @pytest.mark.parametrize("extension", [".pth", ".safetensors", ".state"])
@@ -293,6 +304,37 @@ def test_kernel_files(here, name):
     assert isinstance(err, UserError) and len(str(err).splitlines()) == 1 and peak < 2**28, err
 
 
+TABLES = {
+    "brackets": b"[" * 10**5,
+    "a number": b"1" * 5000,
+    "a list": b"[]",
+    "no metrics": b'{"images": [{"image": "a"}]}',
+    "names of another kind": b'{"images": [{"image": 1, "metrics": {}}], "sets": {}, "protocols": {}, "unavailable": {}, "about": {}}',
+    "text for numbers": b'{"images": [{"image": "a", "metrics": {"restored": {"psnr": {}}}}]}',
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_to_compare(here, name):
+    from ucdir_plugin.compare import read_runs
+
+    for run in ("a", "b"):
+        os.mkdir(run)
+        Path(run, "metrics.json").write_bytes(TABLES[name])
+    with pytest.raises(UserError, match=r"metrics\.json"):
+        read_runs(["a", "b"])
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b"[]", b"1" * 5000, b"{", b"\xff"])
+def test_settings_of_a_prepared_folder(here, content):
+    from ucdir_plugin.data.preparation import same_settings
+
+    Path("prepared.json").write_bytes(content)
+    with pytest.raises(UserError, match="prepare it again"):
+        same_settings(".", crop=3)
+
+
 # ------------------------------------------------------------------------------------------------------------- YAML
 def laughs(levels=9, width=9):
     lines = ["a0: &a0 [x, x, x]"]
@@ -342,10 +384,10 @@ TEXTS = {
 @pytest.mark.parametrize("name", TEXTS)
 def test_yaml_of_any_kind_is_one_line(here, name):
     Path("o.yml").write_text(TEXTS[name])
-    for read in (lambda: read_options("o.yml"), lambda: load_options("o.yml"), lambda: load_model("o.yml")):
-        err, peak, _ = forked(read)
+    errors, peak, _ = forked(errors_of, [lambda: read_options("o.yml"), lambda: load_model("o.yml")])
+    for err in errors:
         assert isinstance(err, UserError) and len(str(err).splitlines()) == 1 and "o.yml" in str(err), err
-        assert peak < 2**28
+    assert peak < 2**28
     if "\n" not in TEXTS[name] and name not in ("large",):
         with pytest.raises(UserError):
             value = TEXTS[name].removeprefix("a: ")

@@ -163,7 +163,7 @@ def _check_tensors(content: Any, path: str, size: int) -> None:
         UserError: for tensors without numbers of their own (repeated, sparse, of no device), and for lists in lists
             that repeat each other.
     """
-    stack, left = [content], 200_000
+    stack, left = [content], 100_000
     while stack:
         item = stack.pop()
         if isinstance(item, torch.Tensor):
