@@ -267,6 +267,7 @@ def test_a_signal_saves_and_leaves_within_30_seconds(workplace, name, record_pro
     if name == "in training, to the workers too":
         for run_name, arguments in (("tiny", ["--auto_resume"]), ("whole", [])):
             more = ("--force_yml", f"train:total_iter={iteration + 2}", f"name={run_name}")
+            more += ("datasets:train:num_worker_per_gpu=0",)  # the same, and sooner there
             again = workplace.run("train.py", "-opt", path, *arguments, *more)
             assert again.returncode == 0, again.stderr
         assert_same(*(final_state(run.parent / run_name, iteration + 2) for run_name in ("whole", "tiny")))
