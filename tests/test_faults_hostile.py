@@ -533,6 +533,7 @@ ABSURD = {
     "port": ({"dist_params": {"port": 10**6}}, "dist_params:port"),
     "timeout": ({"dist_params": {"timeout": 1e15}}, "dist_params:timeout"),
     "iterations": ({"train": {"total_iter": 10**400}}, "total_iter"),
+    "iterations as 1e30": ({"train": {"total_iter": 1e30}}, "total_iter"),
     "learning rate": ({"train": {"optim_g": {"lr": float("nan")}}}, "train:optim_g:lr"),
     "loss weight": ({"train": {"initial_opt": {"loss_weight": float("inf")}}}, "loss_weight"),
     "dropout": ({"network_g": {"denoiser": {"dropout": float("nan")}}}, "dropout"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import typing
@@ -109,7 +110,7 @@ def check_plain(content: Any, where: str) -> None:
             inner = list(value.items())
         elif isinstance(value, (list, tuple)):
             inner = list(enumerate(value))
-        elif isinstance(value, (int, float)) and not abs(value) < 2**63:
+        elif not math.isfinite(value) if isinstance(value, float) else isinstance(value, int) and abs(value) >= 2**63:
             fault(place, f"{value} is no number to compute with")
         elif isinstance(value, str) and printable(text := re.sub(r"[\n\t]", "", value)) != text:
             fault(place, f"{value!r} has control characters; remove them")
@@ -157,7 +158,7 @@ class _Schema(BaseModel):
 
 def _whole(value: Any) -> Any:
     """5e3 stands for 5000, as BasicSR's own option files have it."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
