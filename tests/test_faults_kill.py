@@ -6,8 +6,10 @@ campaign at random: at a call of the process whose number is drawn (:func:`count
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TINY, Workplace, assert_one_line_error, merged
@@ -209,9 +212,20 @@ def slow_validation() -> None:
 
 
 def in_a_session(*hooks) -> None:
+    """As in a process that a user starts: a group of its own, and workers that are forked."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)
     for hook in hooks:
         hook()
+
+
+def in_session(number: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 SIGNALS = {  # number, where, workers, engine
@@ -224,7 +238,7 @@ SIGNALS = {  # number, where, workers, engine
 }
 
 
-LONG = ("while data are waited for", "while MMEngine's worker hangs")  # 5 s of patience, each
+LONG = ("while a worker hangs", "while MMEngine's worker hangs")  # 5 s of patience, twice
 
 
 @pytest.mark.parametrize(
@@ -260,6 +274,7 @@ def test_a_signal_saves_and_leaves_within_30_seconds(workplace, name, record_pro
     assert seconds < 30  # what a cluster waits before it kills
     assert done.returncode == 128 + number, done.stderr
     assert "Traceback" not in done.stderr
+    assert not in_session(process.process.pid)  # a worker that hangs
     saved = run.glob("iter_*.pth") if which == "mmengine" else run.glob("training_states/*.state")
     (iteration,) = (int(state.stem.replace("iter_", "")) for state in saved)
     assert iteration == 2 or where != "validation"
@@ -304,7 +319,8 @@ def worker_killed() -> None:
 def test_a_loaders_worker_that_is_killed_is_one_line(workplace):
     """As by the system where memory is short."""
     changes = {"train": {"total_iter": 10**6}, "datasets": {"train": {"num_worker_per_gpu": 1}}}
-    done = workplace.fork("train.py", "-opt", workplace.write(merged(TINY, changes)), before=worker_killed).wait()
+    hook = functools.partial(in_a_session, worker_killed)
+    done = workplace.fork("train.py", "-opt", workplace.write(merged(TINY, changes)), before=hook).wait()
     assert_one_line_error(done, "a process that reads data was killed", "memory", "--auto_resume")
     assert newest(workplace.folder / "experiments" / "tiny")
 

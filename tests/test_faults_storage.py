@@ -31,6 +31,7 @@ from ucdir_plugin.data import jpeg_dataset, preparation
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
 from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.files import write_atomically
+from ucdir_plugin.weights import read_checkpoint
 
 
 def mount(folder: Path, options: str) -> None:
@@ -322,6 +323,16 @@ def test_data_that_stay_away(workplace, where):
     done = workplace.run("train.py", "-opt", path, "--auto_resume")
     assert_one_line_error(done, "the folder photos does not exist")
     assert newest(run_) == kept
+
+
+def test_data_that_stay_away_under_mmengine(workplace):
+    sets = {"train": {"wait_for_data": 0}, "val": None}
+    changes = {"engine": "mmengine", "datasets": sets, "val": None, "logger": {"save_checkpoint_freq": 10**6}}
+    path = workplace.write(merged(OPTIONS, changes))
+    done = workplace.fork("train.py", "-opt", path, before=functools.partial(vanishing, 14)).wait()
+    assert_one_line_error(done, "photos does not answer, waited", "cannot be read: No such file")
+    (kept,) = (workplace.folder / "experiments" / "tiny").glob("iter_*.pth")
+    assert kept.name == "iter_3.pth" and read_checkpoint(kept)["meta"]["iter"] == 3
 
 
 def test_photographs_that_go_away(place):
