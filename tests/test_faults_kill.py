@@ -192,12 +192,17 @@ def test_either_of_two_processes_killed(undisturbed_pair, workplace):
 # Signals
 
 
-def hang(place: Workplace) -> None:
-    """From now on images can be neither read nor left, as of a disk that does not answer."""
-    for photo in (place.folder / "photos").iterdir():
-        os.mkfifo(place.folder / "pipe")
-        os.replace(place.folder / "pipe", photo)
-    time.sleep(1)
+def hanging() -> None:
+    """Images can be neither read nor left once the file ``away`` is there, as of a disk that does not answer."""
+    dataset = jpeg_dataset.JPEGDataset
+    read = dataset.__getitem__
+
+    def replaced(self, index):
+        while os.path.exists("away"):
+            time.sleep(1)
+        return read(self, index)
+
+    dataset.__getitem__ = replaced
 
 
 def slow_validation() -> None:
@@ -255,7 +260,8 @@ def test_a_signal_saves_and_leaves_within_30_seconds(workplace, name, record_pro
         "datasets": {"train": {"num_worker_per_gpu": workers}, "val": {"dataroot_gt": "safe"}},
     }
     path = workplace.write(merged(OPTIONS, changes))
-    hook = functools.partial(in_a_session, *[slow_validation] * (where == "validation"))
+    hooks = {"validation": [slow_validation], "data": [hanging]}.get(where, [])
+    hook = functools.partial(in_a_session, *hooks)
     process = workplace.fork("train.py", "-opt", path, before=hook)
     run = workplace.folder / "experiments" / "tiny"
 
@@ -265,7 +271,8 @@ def test_a_signal_saves_and_leaves_within_30_seconds(workplace, name, record_pro
 
     wait_until(there, process)
     if where == "data":
-        hang(workplace)
+        (workplace.folder / "away").touch()
+        time.sleep(1)
     asked = time.monotonic()
     os.killpg(process.process.pid, number)
     done = process.wait()

@@ -356,6 +356,14 @@ def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[
     return told
 
 
+def make_folders(opt: dict) -> None:
+    """BasicSR's; an older folder is renamed after the second, which another may have been renamed after already."""
+    root = opt["path"]["experiments_root" if opt["is_train"] else "results_root"]
+    while opt["rank"] == 0 and os.path.exists(f"{root}_archived_{get_time_str()}"):
+        time.sleep(0.1)
+    make_exp_dirs(opt)
+
+
 @_tells_of_losses
 def train(args: argparse.Namespace) -> int:
     """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
@@ -380,7 +388,7 @@ def train(args: argparse.Namespace) -> int:
         dist.barrier()  # all have looked before rank 0 moves an earlier experiment away
     root = opt["path"]["experiments_root"]
     if not resume:
-        make_exp_dirs(opt)
+        make_folders(opt)
         if rank_0 and opt["logger"]["use_tb_logger"]:
             mkdir_and_rename(os.path.join(opt["root_path"], "tb_logger", opt["name"]))
     if rank_0:
@@ -561,7 +569,7 @@ def test(args: argparse.Namespace) -> int:
     model = build("model", build_model, opt)
     if opt["dist"]:
         dist.barrier()
-    make_exp_dirs(opt)
+    make_folders(opt)
     if opt["dist"]:
         dist.barrier()
     logger = start_log(opt, "test")
