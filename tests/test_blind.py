@@ -542,7 +542,7 @@ def test_small_images_and_large_kernels_are_named(place):
     ("bird: {settings: [a]}", "option bird:settings: a mapping"),
     ("bird: {blur: {file: 3}}", "path of a file"),
     ("bird: {blur: {type: [1]}}", "there is no [1]"),
-    ("bird: {blur: {type: gaussian, sigma: .inf}}", "0 to 360"),
+    ("bird: {blur: {type: gaussian, sigma: .inf}}", "no number to compute with"),
     ("bird: {blur: {file: empty.npy}}", "cannot be read"),
     ("bird: {blur: {file: complex.npy}}", "real numbers"),
     ("bird: {settings: {data: {type: [x]}}}", "there is no ['x']"),
