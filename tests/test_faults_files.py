@@ -532,7 +532,6 @@ def test_damaged_raw_files(tmp_path, record_property):
     from ucdir_plugin.data.raw import develop
 
     pytest.importorskip("rawpy")
-    pytest.importorskip("pidng")
     rng = np.random.default_rng(0)
     write_dng(tmp_path / "a.dng", rng.integers(600, 16000, (32, 48)).astype(np.uint16))
     content = (tmp_path / "a.dng").read_bytes()

@@ -335,7 +335,7 @@ NETWORKS = {
     "FFDNet": ({"type": "FFDNet"}, lambda net, x, level: net(x, level)),
 }
 BOUNDS = {None: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Relative RMS difference from float64; measured at most 8e-7, 1.5e-3 and 1.2e-2 (CPU, random weights)."""
+"""Relative RMS difference from float64; measured at most 8e-7, 3.2e-3 and 2.6e-2 (CPU, random weights, -m campaign)."""
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(200, marks=pytest.mark.campaign)])

@@ -458,9 +458,9 @@ def mutations(draw, originals: st.SearchStrategy) -> Any:
         if what == "drop":
             del parent[last]
         elif what == "replace":
-            parent[last] = draw(VALUES)
+            parent[last] = copy.deepcopy(draw(VALUES))
         elif what == "add" and isinstance(parent, dict):
-            parent[draw(NAMES)] = draw(VALUES)
+            parent[draw(NAMES)] = copy.deepcopy(draw(VALUES))
         elif what == "rename" and isinstance(parent, dict):
             parent[draw(NAMES)] = parent.pop(last)
         elif what == "copy" and apart:

@@ -371,6 +371,7 @@ BAD = {
     "other key": (["--set", "stpes=5"], ["stpes", "'steps'"]),
     "no assignment": (["--set", "eta"], ["--set 'eta'", "key"]),
     "eta": (["--set", "eta=0.5"], ["eta", "no meaning for ddpm"]),
+    "first of two --set": (["--set", "eta=0.5", "--set", "border=0"], ["eta", "no meaning for ddpm"]),
     "device": (["--device", "tpu"], ["device 'tpu'"]),
     "no cuda": (["--device", "cuda"], ["device 'cuda' is not here", "take cpu"]),
     "fp16": (["--dtype", "fp16"], ["fp16 needs a CUDA device"]),

@@ -333,7 +333,7 @@ def test_under_basicsrs_own_loop(workplace):
 def test_debug_and_force_yml(workplace):
     path = workplace.write(TINY)
     done = workplace.run(
-        "train.py", "-opt", path, "--debug", "--force_yml", "train:optim_g:lr=1e-5", "train:total_iter=1"
+        "train.py", "-opt", path, "--debug", "--force_yml", "train:optim_g:lr=1e-5", "--force_yml", "train:total_iter=1"
     )
     assert done.returncode == 0, done.stderr
     assert (workplace.folder / "experiments" / "debug_tiny" / "models" / "net_g_1.pth").exists()

@@ -39,7 +39,14 @@ def parse_args() -> argparse.Namespace:
         help="longest side of a patch (default: the option file's, else 1024, of BIR-D the prior's); 0: whole",
     )
     add("--overlap", type=int, help="pixels dropped at each inner border of a patch (default: the file's, else 64)")
-    add("--set", nargs="+", metavar="KEY=VALUE", default=[], help="other keys of val:sampling, or of bird:settings")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        default=[],
+        help="other keys of val:sampling, or of bird:settings",
+    )
     add("--seed", type=int, help="the same seed gives the same results (default: the option file's manual_seed)")
     add("--samples", type=int, default=1, metavar="K", help="K results, their mean, and a map of their spread")
     add(
@@ -49,7 +56,14 @@ def parse_args() -> argparse.Namespace:
         metavar="L",
         help="prediction + L * residual: 0 smooth .. 1 detailed (default)",
     )
-    add("--condition", nargs="+", metavar="NAME=VALUE", default=[], help="what the network is told of the images")
+    add(
+        "--condition",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        default=[],
+        help="what the network is told of the images",
+    )
     bird = parser.add_argument_group("BIR-D")
     bird.add_argument("--task", help="blind, deblur, motion, sr4, inpaint, colorize, lowlight, hdr or multi")
     bird.add_argument("--prior", help="ffdnet (default), natural64, natural64+ffdnet, a folder of diffusers, or a file")

@@ -53,7 +53,9 @@ def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.N
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none", help="job launcher")
     parser.add_argument("--auto_resume", action="store_true", help="go on from the newest readable checkpoint")
     parser.add_argument("--debug", action="store_true", help="log, save and validate every few iterations")
-    parser.add_argument("--force_yml", nargs="+", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML")
+    parser.add_argument(
+        "--force_yml", nargs="+", action="extend", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML"
+    )
     parser.add_argument("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
     parser.add_argument("--trust-config", action="store_true", help="allow MMEngine's .py files and custom_imports")
     parser.add_argument("--download", action="store_true", help="get metrics' weights that are not there")
@@ -358,10 +360,14 @@ def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[
 
 def make_folders(opt: dict) -> None:
     """BasicSR's; an older folder is renamed after the second, which another may have been renamed after already."""
-    root = opt["path"]["experiments_root" if opt["is_train"] else "results_root"]
-    while opt["rank"] == 0 and os.path.exists(f"{root}_archived_{get_time_str()}"):
+    roots = [opt["path"]["experiments_root" if opt["is_train"] else "results_root"]]
+    if opt["is_train"] and opt["logger"]["use_tb_logger"]:
+        roots.append(os.path.join(opt["root_path"], "tb_logger", opt["name"]))
+    while opt["rank"] == 0 and any(os.path.exists(f"{root}_archived_{get_time_str()}") for root in roots):
         time.sleep(0.1)
     make_exp_dirs(opt)
+    for root in roots[1:] if opt["rank"] == 0 else ():
+        mkdir_and_rename(root)
 
 
 @_tells_of_losses
@@ -389,8 +395,6 @@ def train(args: argparse.Namespace) -> int:
     root = opt["path"]["experiments_root"]
     if not resume:
         make_folders(opt)
-        if rank_0 and opt["logger"]["use_tb_logger"]:
-            mkdir_and_rename(os.path.join(opt["root_path"], "tb_logger", opt["name"]))
     if rank_0:
         remove_leftovers(root)
         state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"

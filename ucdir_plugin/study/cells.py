@@ -181,6 +181,7 @@ def run_bird(cell: Cell, model: Any, images: Images, batch: int) -> Done:
         trace = result.trace
         rows = [trace.sigma, *(torch.stack(v)[:, 0].nanmean(1).tolist() for v in (trace.scale, trace.mask_mean))]
         rows.append([float(k[0].mean()) for k in trace.kernel])
+        rows.append([float(loss.mean()) for loss in trace.loss])
         done.trends.append(np.array(rows))
     return done
 
@@ -272,7 +273,8 @@ def run_cell(
         write_image(image, os.path.join(folder, name))
     if done.trends:
         buffer = io.BytesIO()
-        np.save(buffer, np.mean(done.trends, 0))
+        steps = min(rows.shape[1] for rows in done.trends)  # a batch whose images have all failed ends early
+        np.save(buffer, np.mean([rows[:, :steps] for rows in done.trends], 0))
         write_atomically(buffer.getvalue(), os.path.join(folder, "trends.npy"))
     results = measure(cell, done, images, evaluation)
     about = {
