@@ -163,11 +163,14 @@ def test_bad_input(make, words):
         make()
 
 
-def test_a_rate_beyond_the_bound_is_warned_of_and_indeed_diverges():
-    x = torch.rand(1, 3, 24, 24)
-    truth = start_kernel(1, 5, "gaussian", sigma=1.0)
+@pytest.mark.parametrize("mixing", [False, True], ids=["depthwise", "mixing"])
+@pytest.mark.parametrize("colour", [(1, 1, 1), (1, 0.1, 0.1)], ids=["gray", "red"])
+def test_a_rate_beyond_the_bound_is_warned_of_and_indeed_diverges(colour, mixing):
+    """The bound is that of the strongest channel, and of all together where they are mixed."""
+    x = torch.rand(1, 3, 24, 24) * torch.tensor(colour).view(1, 3, 1, 1)
+    truth = start_kernel(1, 5, "gaussian", sigma=1.0, mixing=mixing)
     y = Degradation(truth)(x)
-    d = Degradation(start_kernel(1, 5))
+    d = Degradation(start_kernel(1, 5, mixing=mixing))
     bound = float(steps.Gradient.bound(x, d))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -175,11 +178,24 @@ def test_a_rate_beyond_the_bound_is_warned_of_and_indeed_diverges():
     with pytest.warns(UserWarning, match=f"{bound:.3g}"):
         steps.Gradient(rate=1.5 * bound).check(x, d)
     inside, beyond = d, d
-    for _ in range(40):
+    for _ in range(80):
         inside = steps.Gradient(rate=0.95 * bound, simplex=False)(x, [y], inside, 0, 0)
         beyond = steps.Gradient(rate=2 * bound, simplex=False)(x, [y], beyond, 0, 0)
     assert float(inside.loss(x, y)) < float(d.loss(x, y)) < 1 < float(beyond.loss(x, y))
-    assert bound == pytest.approx(3 / (25 * float(x.square().mean())), rel=1e-5)
+    power = x.square().mean((0, 2, 3))
+    assert bound == pytest.approx(3 / (25 * float(power.sum() if mixing else power.max())), rel=1e-5)
+
+
+def test_nothing_is_learned_above_a_noise():
+    """An x_0 of much noise is no image yet."""
+    x = torch.rand(1, 3, 16, 16)
+    y = Degradation(start_kernel(1, 3, "gaussian"))(x)
+    d = Degradation(start_kernel(1, 3))
+    step = steps.Gradient(below=0.5)
+    assert step(x, [y], d, 0.51, 0) is d
+    assert torch.equal(step(x, [y], d, 0.5, 0).kernel, steps.Gradient()(x, [y], d, 0.51, 0).kernel)
+    with pytest.raises(UserError, match="below must be a number"):
+        steps.Gradient(below=-1.0)
 
 
 @pytest.mark.parametrize("padding", ["reflect", "zeros", "valid"])

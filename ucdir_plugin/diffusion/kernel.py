@@ -41,6 +41,8 @@ class Gradient:
             the image over. 0: free.
         simplex: keep K non-negative with sum 1. Its gain and the image's brightness are interchangeable otherwise.
         iterations: gradient steps in one step of the reverse process.
+        below: leave K and M as they are while the noise of the process, on the scale of [0, 1], is above it; None:
+            learn always.
     """
 
     rate: Optional[float] = None
@@ -49,22 +51,28 @@ class Gradient:
     mask_sigma: float = 0.0
     simplex: bool = True
     iterations: int = 1
+    below: Optional[float] = None
 
     learns = True
 
     def __post_init__(self) -> None:
-        at_least(0, "kernel step", rate=self.rate, mask_rate=self.mask_rate, mask_sigma=self.mask_sigma)
+        rates = {"rate": self.rate, "mask_rate": self.mask_rate, "mask_sigma": self.mask_sigma}
+        at_least(0, "kernel step", **rates, below=self.below)
         if self.iterations < 1:
             raise UserError(f"kernel step: iterations must be at least 1, got {self.iterations}")
 
     @staticmethod
     def bound(x: torch.Tensor, degradation: Degradation) -> torch.Tensor:
-        """Largest stable l_K of each image: 2 / ((2/C) k^2 E[x^2]), as lambda_max is at most the Hessian's trace; (B,).
+        """Largest stable l_K of each image: 2 / ((2/C) k^2 P), as lambda_max is at most the Hessian's trace; (B,).
+
+        P is the mean square of what an output channel is made of: of all channels together where K mixes them, else of
+        the strongest, as each has its own kernel.
 
         Args:
             x: (B, C, H, W) in [0, 1].
         """
-        power = x.square().flatten(1).mean(1).clamp(min=1e-8)
+        power = x.square().mean((2, 3))
+        power = (power.amax(1) if degradation.kernel.shape[2] == 1 else power.sum(1)).clamp(min=1e-8)
         return x.shape[1] / (degradation.size**2 * power)
 
     def check(self, x: torch.Tensor, degradation: Degradation) -> None:
@@ -80,6 +88,8 @@ class Gradient:
     def __call__(
         self, x: torch.Tensor, targets: Sequence[torch.Tensor], degradation: Degradation, sigma: float, error: float
     ) -> Degradation:
+        if self.below is not None and sigma > self.below:
+            return degradation
         for _ in range(self.iterations):
             degradation = self._descend(x, targets, degradation)
         return degradation

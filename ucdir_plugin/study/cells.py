@@ -178,7 +178,7 @@ def run_bird(cell: Cell, model: Any, images: Images, batch: int) -> Done:
             done.images[name] = _bytes((result.image[i] + 1) / 2)
             if case.blur is not None and model.blur is None and model.settings.kernel.learns:
                 done.kernel_error[name] = kernel_error(kernel[i, :, 0], known_kernel(case.blur)[0, :, 0])
-        trace = result.trace
+        trace = result.trace  # rows as figure.TRENDS
         rows = [trace.sigma, *(torch.stack(v)[:, 0].nanmean(1).tolist() for v in (trace.scale, trace.mask_mean))]
         rows.append([float(k[0].mean()) for k in trace.kernel])
         rows.append([float(loss.mean()) for loss in trace.loss])
@@ -281,7 +281,7 @@ def run_cell(
         "name": cell.label,
         "cell": json.loads(json.dumps(asdict(cell))),
         "fingerprint": mark,
-        "seconds": round(done.seconds / max(1, len(done.images)), 3),
+        "seconds": round(done.seconds / (len(done.images) + len(done.failed)), 3),
         "nfe": done.nfe,
         "threads": torch.get_num_threads(),
     }

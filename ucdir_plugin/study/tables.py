@@ -9,6 +9,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from ucdir_plugin import report
+from ucdir_plugin.figure import trends_figure
+from ucdir_plugin.files import write_atomically
 from ucdir_plugin.folders import read_uint8
 from ucdir_plugin.study.cases import CASES, SIZE, Images
 from ucdir_plugin.study.cells import COLUMNS, Cell
@@ -85,11 +87,14 @@ def write_study(parts: Mapping[str, Sequence[Measured]], path: str, head: str) -
 
 
 def pictures(parts: Mapping[str, Sequence[Measured]], images: Images, names: Sequence[str]) -> List[str]:
-    """For each case a picture: for each image a row of truth and what every system of the part main made of it."""
+    """For each case of the part main: of each image a row of truth and what every system made of it; and the trends."""
     written = []
     cases: Dict[str, List[Cell]] = {}
-    for cell, *_ in parts.get("main", ()):
+    restored = set()
+    for cell, results, _ in parts.get("main", ()):
         cases.setdefault(cell.case, []).append(cell)
+        if results.rows:
+            restored.add(cell)
     for case, cells in cases.items():
         rows = []
         for name in names:
@@ -102,4 +107,10 @@ def pictures(parts: Mapping[str, Sequence[Measured]], images: Images, names: Seq
         legend = "\n".join(["truth", *(cell.label for cell in cells)])
         report.write_text(legend + "\n", os.path.join(images.folder, "pictures", f"{case}.txt"))
         written.append(path)
+        kept = {c.label: os.path.join(images.folder, c.folder, "trends.npy") for c in cells if c in restored}
+        trends = {label: np.load(file) for label, file in kept.items() if os.path.isfile(file)}
+        if trends:
+            path = os.path.join(images.folder, "pictures", f"{case}_trends.png")
+            write_atomically(trends_figure(trends), path)
+            written.append(path)
     return written
