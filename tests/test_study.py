@@ -155,6 +155,8 @@ def test_rows_are_means_over_images_and_seeds():
     assert (second["below"], second["seconds"], second["nfe"]) == ("1 of 4", 1.5, 7)
     text = tables.table([first, second])
     assert "27.50 ± 0.71" in text and "SSIM" not in text
+    nothing = {**first, "system": "A", "psnr": None, "failed": 2}
+    assert tables.table([first, nothing]).splitlines()[-1] == "| A |  |  | 2 |  | 7 |"
 
 
 def test_bad_input(workplace, source):

@@ -64,7 +64,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for name, (_, digits) in shown.items():
             text = "" if r[name] is None else f"{r[name]:.{digits}f}"
             cells.append(text + (f" ± {r[f'{name}_sd']:.{digits}f}" if f"{name}_sd" in r else ""))
-        cells += [r["below"], *([str(r["failed"])] if failed else []), f"{r['seconds']:.2f}", str(r["nfe"] or "")]
+        seconds = "" if r["psnr"] is None else f"{r['seconds']:.2f}"  # nothing came of it
+        cells += [r["below"], *([str(r["failed"])] if failed else []), seconds, str(r["nfe"] or "")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
