@@ -312,24 +312,33 @@ def test_two_processes_that_validate_are_stopped(workplace):
     assert "stopped and saved at iteration 2" in ends[0].stderr
 
 
-def worker_killed() -> None:
-    start = engine.CPUPrefetcher.__init__
+def worker_killed(iteration: int) -> None:
+    """In a step: torch raises there, wherever the process is."""
+    start, step = engine.CPUPrefetcher.__init__, UCDIRModel.optimize_parameters
+    workers = []
 
-    def replaced(self, data):
+    def started(self, data):
         start(self, data)
-        (worker,) = self.loader._workers
-        threading.Timer(1.0, worker.kill).start()
+        workers.extend(self.loader._workers)
 
-    engine.CPUPrefetcher.__init__ = replaced
+    def stepped(self, current_iter):
+        if current_iter == iteration:
+            workers[0].kill()
+            time.sleep(30)
+        return step(self, current_iter)
+
+    engine.CPUPrefetcher.__init__ = started
+    UCDIRModel.optimize_parameters = stepped
 
 
-def test_a_loaders_worker_that_is_killed_is_one_line(workplace):
-    """As by the system where memory is short."""
+@pytest.mark.parametrize("iteration", [1, 5])
+def test_a_loaders_worker_that_is_killed_is_one_line(workplace, iteration):
+    """As by the system where memory is short; in the first step, of which all else is taken for wrong options, too."""
     changes = {"train": {"total_iter": 10**6}, "datasets": {"train": {"num_worker_per_gpu": 1}}}
-    hook = functools.partial(in_a_session, worker_killed)
+    hook = functools.partial(in_a_session, functools.partial(worker_killed, iteration))
     done = workplace.fork("train.py", "-opt", workplace.write(merged(TINY, changes)), before=hook).wait()
     assert_one_line_error(done, "a process that reads data was killed", "memory", "--auto_resume")
-    assert newest(workplace.folder / "experiments" / "tiny")
+    assert newest(workplace.folder / "experiments" / "tiny") == (4 if iteration == 5 else 0)
 
 
 # Restoring

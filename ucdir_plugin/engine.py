@@ -171,7 +171,7 @@ def start_log(opt: dict, kind: str) -> logging.Logger:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """What is raised about the user's options, by code that does not check them, becomes one line; not a lost rank.
+    """What is raised about the user's options, by code that does not check them, becomes one line; not a loss.
 
     Raises:
         UserError: with ``what`` in front.
@@ -180,7 +180,7 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (*kinds, TypeError, ValueError) as err:
-        if is_of_lost_rank(err):
+        if is_of_lost_rank(err) or is_of_lost_worker(err):
             raise
         raise UserError(f"{what}: {type(err).__name__}: {err}") from err
 
@@ -323,6 +323,11 @@ def is_of_lost_rank(err: Exception) -> bool:
     return dist.is_initialized() and (isinstance(err, dist.DistError) or "gloo" in str(err))
 
 
+def is_of_lost_worker(err: Exception) -> bool:
+    """Whether it is what torch raises, wherever the process is, once a worker of its loader has been killed."""
+    return isinstance(err, RuntimeError) and str(err).startswith("DataLoader worker")
+
+
 def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """What :func:`is_of_lost_rank` knows becomes one line; so does the loss of a loader's worker, or of the disk."""
 
@@ -336,17 +341,17 @@ def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[
                 again = "what is restored is kept: run the same command again"
             raise UserError(f"{err}; {again}") from err
         except RuntimeError as err:
-            text = str(err)
-            if text.startswith("DataLoader worker"):
+            if is_of_lost_worker(err):
                 raise UserError(
-                    f"a process that reads data was killed ({text.splitlines()[0]}), perhaps for lack of memory: go on"
-                    " with --auto_resume, and fewer num_worker_per_gpu if it comes again"
+                    f"a process that reads data was killed ({str(err).splitlines()[0]}), perhaps for lack of memory: go"
+                    " on with --auto_resume, and fewer num_worker_per_gpu if it comes again"
                 ) from err
             if not is_of_lost_rank(err):
                 raise
             again = "start all ranks again with --auto_resume, from the last checkpoint"
             if function.__name__ == "test":
                 again = "start all ranks again: what is restored is kept"
+            text = str(err)
             if "timed out" in text.lower() or "timeout" in text.lower():
                 again += " (one that is only slow needs a larger dist_params: timeout, in seconds)"
             reason = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's file and advice
