@@ -33,6 +33,8 @@ class UCDIRTask(DiffusionTask):
             net.predictor.requires_grad_(False)  # before DistributedDataParallel looks for what to exchange
         sampling.check_tiles(net, self.sampling)
         self.declared, self.has_predictor = net.conditions, net.predictor is not None
+        if self.device.type == "cpu":
+            net = net.to(memory_format=torch.channels_last)  # a fifth faster
         return net
 
     def load_first(self, net: nn.Module, load: Any) -> None:
