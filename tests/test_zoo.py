@@ -1,6 +1,7 @@
 """Weights that come with the package, model files of priors, and experts by noise."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_restorer_is_no_prior_and_a_prior_no_restorer(trained, place):
 def test_what_is_shipped():
     for name, entry in zoo.index().items():
         path = zoo.find(name)
-        assert weights.sha256_of(path) == entry["sha256"]
+        assert weights.sha256_of(path) == entry["sha256"] and os.path.getsize(path) < 10e6
         with open(path.replace(".safetensors", ".md"), encoding="utf-8") as card:
             assert entry["sha256"] in card.read()
         notes = weights.read_prior(path).notes if entry["kind"] == "prior" else weights.read_model(path)[2]
@@ -71,7 +72,9 @@ def shelf(tmp_path, monkeypatch, trained):
     folder = tmp_path / "zoo"
     folder.mkdir()
     shutil.copy(trained[0], folder / "small.safetensors")
-    entry = {"kind": "prior", "sha256": weights.sha256_of(trained[0]), "size": 48}
+    (folder / "small.md").write_text("what it is")
+    digests = {"sha256": weights.sha256_of(trained[0]), "card_sha256": weights.sha256_of(folder / "small.md")}
+    entry = {"kind": "prior", **digests, "size": 48}
     (folder / "index.json").write_text(json.dumps({"small": entry}))
     monkeypatch.setattr(zoo, "FOLDER", str(folder))
     return folder
@@ -97,6 +100,18 @@ def test_missing_and_altered_weights(shelf):
     assert weights.sha256_of(path) in str(raised.value)
     path.unlink()
     with pytest.raises(NotAvailable, match=rf"small.safetensors \(SHA-256 {expected}\) is not there; install"):
+        priors.load_prior("small")
+
+
+def test_missing_and_altered_card(shelf):
+    card, expected = shelf / "small.md", zoo.index()["small"]["card_sha256"]
+    card.write_text("what it is not")
+    with pytest.raises(
+        UserError, match=rf"small.md has SHA-256 {weights.sha256_of(card)}, not {expected}: .*git check"
+    ):
+        priors.load_prior("small")
+    card.unlink()
+    with pytest.raises(NotAvailable, match=rf"small.md \(SHA-256 {expected}\) is not there; install"):
         priors.load_prior("small")
 
 

@@ -329,6 +329,10 @@ class BlindRestorer:
         """The kind of photo that the result is."""
         return dataclasses.replace(photo, gray=False, icc_profile=None) if self.task.gray and photo.gray else photo
 
+    def doubt(self, photo: imageio.Photo) -> Optional[str]:
+        """Why a photo is not of the kind that was trained on: nothing was trained."""
+        return None
+
     def record_settings(
         self,
         seed: Optional[int] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -82,6 +82,30 @@ def trends_figure(trends: Mapping[str, np.ndarray]) -> bytes:
         _label(axis, TRENDS[row], "share of the steps")
     named = [label for label in trends if label in lines]
     figure.legend([lines[label] for label in named], named, loc="outside lower center", ncols=5, fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def progress_figure(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
+    """A PNG: metrics against the iterations of the training, a line each system.
+
+    Args:
+        curves: metric -> system -> (iteration, value).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4 * max(2, len(curves)), 2.8), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    systems = list(dict.fromkeys(name for found in curves.values() for name in found))
+    lines = {}
+    for axis, (metric, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for name, points in found.items():
+            x, y = zip(*sorted(points))
+            (lines[name],) = axis.plot(x, y, marker=".", linewidth=1, color=f"C{systems.index(name)}")
+        _label(axis, metric.upper(), "iterations")
+    figure.legend([lines[n] for n in systems], systems, loc="outside lower center", ncols=5, fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

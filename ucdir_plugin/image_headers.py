@@ -10,8 +10,9 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterator, Sequence
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
@@ -28,6 +29,12 @@ _TILE = 2**24  # pixels
 # The most that LZW, deflate and run lengths pack; 1, unpacked: colours may be of half the resolution.
 _RATIOS = {1: 2, 5: 4096, 8: 1040, 32773: 64, 32946: 1040}
 _SCANS = 100  # of a progressive JPEG; usual are 10, and each costs as much time as an image of its own
+# Quantization of the luma at quality 50 (ITU-T T.81, table K.1).
+_LUMA = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
+    14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+)  # fmt: skip
 _DIGITS = re.compile(rb"P([1-6])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)")
 _MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # behind a scan's data
 _limits = threading.Lock()
@@ -36,7 +43,7 @@ _limits = threading.Lock()
 @dataclass(frozen=True)
 class Header:
     """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level;
-    ``packed``: of a TIFF whose damage OpenCV would not tell."""
+    ``packed``: of a TIFF whose damage OpenCV would not tell; ``quality``: of a JPEG, 1 .. 100."""
 
     kind: str
     height: int
@@ -50,6 +57,7 @@ class Header:
     transparent: int | None = None
     fault: str | None = None
     packed: bool = False
+    quality: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,6 +91,7 @@ def read_header(file: BinaryIO) -> Header | None:
         file.seek(0)
         with any_size(), Image.open(file, formats=_KINDS) as image:
             kind, mode, info, (width, height) = image.format, image.mode, dict(image.info), image.size
+            quality = jpeg_quality(image.quantization[0]) if kind == "JPEG" and image.quantization else None
         fault = None
         exif, gray = info.get("exif"), mode in _GRAY_MODES
         bits, transparent = 8, None
@@ -98,9 +107,23 @@ def read_header(file: BinaryIO) -> Header | None:
         orientation, exif = _upright_exif(exif)
         alpha = "transparency" in info or mode in ("LA", "PA", "RGBA")
         icc = info.get("icc_profile")
-        return Header(kind, height, width, gray, alpha, bits, orientation, exif, icc, transparent, fault)
+        return Header(
+            kind, height, width, gray, alpha, bits, orientation, exif, icc, transparent, fault, quality=quality
+        )
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
         return None
+
+
+def jpeg_quality(table: Sequence[int]) -> int:
+    """The quality, 1 .. 100, at which libjpeg's table of the luma is nearest to this one; exact for its own tables.
+
+    Args:
+        table: the 64 steps of a JPEG's first quantization table, in any order.
+    """
+    quality = np.arange(1, 101)
+    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    tables = ((np.sort(_LUMA) * scale[:, None] + 50) // 100).clip(1, 255)
+    return int(quality[np.abs(tables - np.sort(table)).sum(1).argmin()])
 
 
 def jpeg_fault(content: bytes) -> str | None:

@@ -41,6 +41,7 @@ class Photo:
         gray: whether the file has one colour channel; a palette counts as colour.
         exif: as Pillow's ``exif=`` takes it, for the upright image: orientation 1, no thumbnail, else unchanged.
         icc_profile: as in the file, whatever colours it is for.
+        quality: of a JPEG file, 1 .. 100, by its quantization; None of others.
     """
 
     pixels: np.ndarray
@@ -48,6 +49,7 @@ class Photo:
     gray: bool = False
     exif: bytes | None = None
     icc_profile: bytes | None = None
+    quality: int | None = None
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -242,7 +244,7 @@ def read_photo(path: str, max_pixels: int) -> Photo:
             pixels[rows] = cv2.cvtColor(pixels[rows], cv2.COLOR_BGR2RGB)
     if any(part is not None and part.shape[:2] != header.size for part in (pixels, alpha)):
         raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
-    return Photo(pixels, alpha, header.gray, header.exif, header.icc_profile)
+    return Photo(pixels, alpha, header.gray, header.exif, header.icc_profile, header.quality)
 
 
 def _tiff_with_alpha(content: bytes, path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -371,6 +371,9 @@ def _restore_one(
     memory.reset_peak(model.device)
     photo = imageio.read_photo(job.path, max_pixels)
     imageio.check_output(results.extension, photo, model.scale)
+    doubt = model.doubt(photo)
+    if doubt:
+        bar.say(f"{job.key}: {doubt}")
     photo = model.like(photo)
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
@@ -388,6 +391,8 @@ def _restore_one(
         callback=lambda step, x_t, x0: bar.step(step, model.steps),
     )
     record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    if doubt:
+        record["note"] = doubt
     moments = Moments()
     for number, result in enumerate(drawn.samples, 1):
         if samples > 1:

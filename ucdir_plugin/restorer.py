@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 import ucdir_plugin
-from ucdir_plugin import conditions, imageio, memory, sampling, sharding, weights
+from ucdir_plugin import conditions, imageio, memory, sampling, sharding, weights, zoo
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.archs.padding import pad_for, size_multiple
 from ucdir_plugin.diffusion import tiling
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError, at_least_one
+from ucdir_plugin.errors import UserError, at_least_one, did_you_mean
 from ucdir_plugin.options import (
     SamplingOptions,
     ScheduleOptions,
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 TILE = 1024
 """Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
+
+QUALITY_MARGIN = 5
+"""So far a JPEG may be from those of the training without a word."""
 
 _ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 """The sampling options that mean something for a network without diffusion."""
@@ -82,6 +85,7 @@ class Restorer:
         seed: where none is given.
         about: name, weights and their SHA-256, for the record.
         notes: what a model file tells its user, such as its licence.
+        jpeg_quality: lowest and highest of the JPEGs that it was trained on; None: on something else, or not known.
     """
 
     net: nn.Module
@@ -92,6 +96,7 @@ class Restorer:
     seed: int = 0
     about: Dict[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    jpeg_quality: Optional[Tuple[int, int]] = None
 
     def __post_init__(self) -> None:
         dtype = sampling.amp_dtype(self.device, self.options.amp, "dtype")
@@ -239,6 +244,21 @@ class Restorer:
         """The kind of photo that the result is: this one's."""
         return photo
 
+    def doubt(self, photo: imageio.Photo) -> Optional[str]:
+        """Why a photo is not of the kind that the network was trained on; None if it is, as far as known."""
+        if self.jpeg_quality is None:
+            return None
+        low, high = self.jpeg_quality
+        trained = f"JPEG of quality {low}" + (f" to {high}" if high > low else "")
+        if photo.quality is None:
+            return f"it is no JPEG, and {self.about['model']} was trained on {trained}: restored all the same"
+        if low - QUALITY_MARGIN <= photo.quality <= high + QUALITY_MARGIN:
+            return None
+        return (
+            f"it is a JPEG of quality {photo.quality}, and {self.about['model']} was trained on {trained}: restored"
+            f" all the same, {'detail may be lost' if photo.quality > high else 'blocks may be left'}"
+        )
+
     def record_settings(
         self,
         seed: Optional[int] = None,
@@ -297,8 +317,9 @@ def load_model(
     """Build a network and load its weights; or load the prior of BIR-D.
 
     Args:
-        model: ``bird``, an option file (.yml) of any model with a ``network_g``, or a file (.safetensors) written by
-            tools/convert_weights.py, which has its options in it.
+        model: ``bird``, a model of the package (``jpeg_small``, see ucdir_plugin/zoo), an option file (.yml) of any
+            model with a ``network_g``, or a file (.safetensors) written by tools/convert_weights.py, which has its
+            options in it.
         weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
             the working directory, else its ``path: pretrain_network_g``.
         device: auto, cpu, cuda or cuda:N.
@@ -317,16 +338,23 @@ def load_model(
         from ucdir_plugin import blind
 
         return blind.from_options(found, chosen)
+    quality = None
+    if model in zoo.names("model"):
+        model = zoo.find(model)
     if model.endswith(".safetensors"):
         if weights_file is not None:
             raise UserError(f"{model} has its weights in it: leave out {weights_file}")
         opt, state, notes = weights.read_model(model)
+        quality = weights.jpeg_quality_of(model)
         if opt["model_type"] == weights.PRIOR_MODEL:
             raise UserError(f"{model} is a prior, which restores nothing by itself: --model bird --prior {model}")
         weights_file, key = model, None
     else:
         if not model.endswith((".yml", ".yaml")):
-            raise UserError(f"{model} is neither an option file (.yml) nor a model file (.safetensors)")
+            raise UserError(
+                f"{model} is neither an option file (.yml) nor a model file (.safetensors), and none of the package's:"
+                f" {did_you_mean(model, ['bird', *zoo.names('model')])}"
+            )
         opt = load_options(model, is_train=False)
         opt["root_path"] = os.getcwd()
         if weights_file is None:
@@ -357,7 +385,7 @@ def load_model(
     }
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
     return Restorer(
-        net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes
+        net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes, quality
     )
 
 

@@ -476,7 +476,20 @@ def write_model(
             kept["val"]["sampling"] = {key: options["val"]["sampling"][key] for key in ("sampler", "steps")}
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
-    return _write_safetensors(state, target, dtype, {"options": kept, "notes": dict(notes)})
+    header = {"options": kept, "notes": dict(notes)}
+    trained = (options.get("datasets") or {}).get("train", {})
+    if trained.get("type") == "JPEGDataset":
+        quality = trained["quality"]
+        header["jpeg_quality"] = list(quality) if isinstance(quality, (list, tuple)) else [quality, quality]
+    return _write_safetensors(state, target, dtype, header)
+
+
+def jpeg_quality_of(path: str) -> Optional[tuple[int, int]]:
+    """Lowest and highest quality of the JPEGs that a model file was trained on; None if on something else."""
+    found = _header(path).get("jpeg_quality")
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(q, int) for q in found)):
+        return None
+    return found[0], found[1]
 
 
 def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:

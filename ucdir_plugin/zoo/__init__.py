@@ -1,4 +1,4 @@
-"""Weights that come with the package: NAME.safetensors, its card NAME.md, and in index.json its kind and SHA-256."""
+"""Weights that come with the package: NAME.safetensors, its card NAME.md, and in index.json kind and both SHA-256."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 def index() -> Dict[str, Dict[str, Any]]:
-    """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores) and ``sha256`` of the file.
+    """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores), ``sha256`` of the file, ``card_sha256``.
 
     Of a prior also ``size``, the side of the patches that it serves best in, where that is not its training's.
     """
@@ -26,18 +26,21 @@ def names(kind: str) -> List[str]:
 
 
 def find(name: str) -> str:
-    """Path of the weights called ``name``, of which the content is what was shipped.
+    """Path of the weights called ``name``, of which the content, and the card's, is what was shipped.
 
     Raises:
-        NotAvailable: if the file is not there.
-        UserError: if it is another; both say which SHA-256 is expected, and where the file can be had.
+        NotAvailable: if one of the files is not there.
+        UserError: if one is another; both say which SHA-256 is expected, and where the file can be had.
     """
-    expected = index()[name]["sha256"]
-    path = os.path.join(FOLDER, f"{name}.safetensors")
-    cure = f"install ucdir-plugin again, or in its repository: git checkout -- ucdir_plugin/zoo/{name}.safetensors"
-    if not os.path.isfile(path):
-        raise NotAvailable(f"{name}: {path} (SHA-256 {expected}) is not there; {cure}")
-    found = sha256_of(path)
-    if found != expected:
-        raise UserError(f"{name}: {path} has SHA-256 {found}, not {expected}: it is damaged or another file; {cure}")
+    entry = index()[name]
+    for kind, key in ((".md", "card_sha256"), (".safetensors", "sha256")):
+        path, expected = os.path.join(FOLDER, f"{name}{kind}"), entry[key]
+        cure = f"install ucdir-plugin again, or in its repository: git checkout -- ucdir_plugin/zoo/{name}{kind}"
+        if not os.path.isfile(path):
+            raise NotAvailable(f"{name}: {path} (SHA-256 {expected}) is not there; {cure}")
+        found = sha256_of(path)
+        if found != expected:
+            raise UserError(
+                f"{name}: {path} has SHA-256 {found}, not {expected}: it is damaged or another file; {cure}"
+            )
     return path

@@ -1,0 +1,436 @@
+"""Trained systems on the same test images: restored, measured, in tables; what tools/study_ucdir.py runs.
+
+A plan (YAML) says which runs there are; the sets of test images and the metrics are an option file's. Restored images
+are kept one by one, and measured again only where what made them has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import statistics
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from basicsr.data import build_dataset
+from pydantic import TypeAdapter, ValidationError
+from tqdm import tqdm
+
+from ucdir_plugin import report, restorer
+from ucdir_plugin.errors import UserError, did_you_mean, named
+from ucdir_plugin.evaluation import Evaluation
+from ucdir_plugin.figure import progress_figure
+from ucdir_plugin.files import write_atomically
+from ucdir_plugin.folders import read_uint8
+from ucdir_plugin.options import load_options, read_yaml_file
+from ucdir_plugin.validation import sample_key, write_image
+
+INPUT = "input"
+"""``model`` of the run that restores nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A system, and how it is used.
+
+    Attributes:
+        name: in tables.
+        model, weights, sampling: as of :func:`ucdir_plugin.load_model`; the model ``input`` is the degraded image.
+        seeds: how many, from 0 on; what varies with them is a mean.
+        samples: of which the mean is measured.
+        blend: 0 is the initial prediction.
+        iteration: of the training, for the curves; runs of one name then differ in it.
+    """
+
+    name: str
+    model: str
+    weights: Optional[str] = None
+    sampling: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: int = 1
+    samples: int = 1
+    blend: float = 1.0
+    iteration: Optional[int] = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.iteration is None else f"{self.name}, {self.iteration} iterations"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Runs that stand in one table.
+
+    Attributes:
+        title: of the table.
+        runs: the first is what the others are compared with, unless ``against`` names another one.
+        images: how many of each set, evenly spread; all if left out.
+        sets: only these of the option file's.
+    """
+
+    title: str
+    runs: List[Run]
+    against: Optional[str] = None
+    images: Optional[int] = None
+    sets: Optional[List[str]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """``opt``: the option file of sets and metrics; ``parts``: name -> :class:`Part`."""
+
+    opt: str
+    parts: Dict[str, Part]
+
+
+def read_plan(path: str) -> Plan:
+    """
+    Raises:
+        UserError: naming the first fault.
+    """
+    raw = read_yaml_file(path)
+    try:
+        plan = TypeAdapter(Plan).validate_python(raw, strict=False, extra="forbid")
+    except ValidationError as err:
+        error = err.errors()[0]
+        where = ":".join(str(place) for place in error["loc"])
+        raise UserError(f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}") from err
+    for name, part in plan.parts.items():
+        labels = [run.label for run in part.runs]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice or not labels:
+            raise UserError(f"{path}: parts:{name}: " + (f"two runs are called {twice}" if twice else "no runs"))
+        if part.against is not None and part.against not in labels:
+            raise UserError(f"{path}: parts:{name}: against: {did_you_mean(part.against, labels)}")
+        if any(min(run.seeds, run.samples) < 1 for run in part.runs) or (part.images or 1) < 1:
+            raise UserError(f"{path}: parts:{name}: seeds, samples and images are 1 or more")
+    return plan
+
+
+@dataclasses.dataclass
+class TestSet:
+    """Test images of an option file: keys, evenly chosen, and what gives each of them."""
+
+    name: str
+    dataset: Any
+    keys: List[str]
+    index: Dict[str, int]
+
+    def chosen(self, count: Optional[int]) -> List[str]:
+        if count is None or count >= len(self.keys):
+            return self.keys
+        return [self.keys[i * len(self.keys) // count] for i in range(count)]
+
+    def pair(self, key: str) -> Tuple[np.ndarray, np.ndarray]:
+        """Degraded image and truth, (H, W, 3) BGR uint8."""
+        sample = self.dataset[self.index[key]]
+        return to_uint8(sample["lq"]), to_uint8(sample["gt"])
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """(3, H, W) RGB in [0, 1] -> (H, W, 3) BGR."""
+    return (image.numpy().transpose(1, 2, 0)[..., ::-1] * 255).round().astype(np.uint8)
+
+
+def test_sets(opt: Mapping[str, Any], names: Optional[Sequence[str]] = None) -> List[TestSet]:
+    """The test and validation sets of checked options, or those called ``names``.
+
+    Raises:
+        UserError: for an unknown name, or one whose images are not there.
+    """
+    phases = {phase: phase.split("_")[0] for phase in opt["datasets"]}
+    known = {
+        data["name"]: {**data, "phase": phases[phase], "scale": opt["scale"]}
+        for phase, data in opt["datasets"].items()
+        if phases[phase] in ("val", "test")
+    }
+    found = []
+    for name in known if names is None else names:
+        if name not in known:
+            raise UserError(f"{opt['name']} has no test set {name}; {did_you_mean(name, known)}")
+        dataset = build_dataset(known[name])
+        keys = [sample_key(_as_batch(dataset[i]), known[name]) for i in range(len(dataset))]
+        found.append(TestSet(name, dataset, keys, {key: i for i, key in enumerate(keys)}))
+    return found
+
+
+def _as_batch(sample: Mapping[str, Any]) -> Dict[str, Any]:
+    return {key: [value] for key, value in sample.items() if isinstance(value, str)}
+
+
+class Images:
+    """What one run with one seed makes of a set's images; those that are there are kept."""
+
+    def __init__(self, output: str, images: TestSet, run: Run, seed: int, model: Any):
+        self.set, self.run, self.seed, self.model = images, run, seed, model
+        told = {} if model is None else model.record_settings(seed, run.samples, run.blend)
+        told = json.dumps(
+            [told, {k: v for k, v in images.dataset.opt.items() if k != "name"}], sort_keys=True, default=str
+        )
+        self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        name = re.sub(r"[^A-Za-z0-9]+", "_", run.label).strip("_")
+        self.folder = os.path.join(output, images.name, f"{name}_{self.digest}" if model else INPUT)
+
+    def file(self, key: str) -> str:
+        return os.path.join(self.folder, f"{os.path.splitext(key)[0]}.png")
+
+    def about(self, key: str) -> Dict[str, Any]:
+        """Seconds and network passes of an image; empty if it is not restored yet."""
+        path = f"{os.path.splitext(self.file(key))[0]}.json"
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError):
+            return {}
+        return found if os.path.isfile(self.file(key)) and isinstance(found, dict) else {}
+
+    def make(self, key: str) -> bool:
+        """Restore an image; whether it was not there."""
+        if self.about(key):
+            return False
+        lq, truth = self.set.pair(key)
+        if self.model is None:
+            image, about = lq, {"seconds": 0.0, "nfe": 0}
+            write_image(truth, self.truth(key))
+        else:
+            done = restorer.restore(
+                np.ascontiguousarray(lq[..., ::-1]),
+                self.model,
+                seed=self.seed,
+                samples=self.run.samples,
+                blend=self.run.blend,
+                key=key,
+            )
+            image = (done.image[..., ::-1] * 255).round().astype(np.uint8)
+            about = {name: done.info[name] for name in ("seconds", "nfe")}
+        write_image(image, self.file(key))
+        about["threads"] = torch.get_num_threads()
+        write_atomically(json.dumps(about).encode(), f"{os.path.splitext(self.file(key))[0]}.json")
+        return True
+
+    def truth(self, key: str) -> str:
+        return os.path.join(os.path.dirname(self.folder), "truth", f"{os.path.splitext(key)[0]}.png")
+
+    def measured(self, keys: Sequence[str], evaluation: Evaluation) -> Tuple[report.Results, Dict[str, Any]]:
+        """By an empty evaluation, or what was measured before on the same files."""
+        stamp = [evaluation.protocols, [(key, *_state(self.file(key)), *_state(self.truth(key))) for key in keys]]
+        digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()
+        path = os.path.join(self.folder, f"metrics_{len(keys)}.json")
+        if os.path.isfile(path):
+            results, about = report.read_results(path)
+            if about.get("fingerprint") == digest:
+                return results, about
+        source = os.path.join(os.path.dirname(self.folder), INPUT)
+        for key in keys:
+            files = {"restored": self.file(key), "truth": self.truth(key)}
+            files["input"] = os.path.join(source, os.path.relpath(self.file(key), self.folder))
+            files = {kind: os.path.relpath(file, self.folder) for kind, file in files.items()}
+            evaluation.add(key, {"restored": read_uint8(self.file(key))}, read_uint8(self.truth(key)), None, files)
+        results = evaluation.results()
+        of_images = [self.about(key) for key in keys]
+        about = {
+            "name": self.run.label,
+            "dataset": self.set.name,
+            "fingerprint": digest,
+            "seed": self.seed,
+            "seconds": statistics.fmean(a["seconds"] for a in of_images),
+            "nfe": statistics.fmean(a["nfe"] for a in of_images),
+            "settings": {}
+            if self.model is None
+            else self.model.record_settings(self.seed, self.run.samples, self.run.blend),
+        }
+        report.write_tables(results, path[: -len(".json")], about)
+        return results, about
+
+
+def _state(path: str) -> Tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclasses.dataclass
+class Measured:
+    """A run on a set: the measurements of each seed."""
+
+    run: Run
+    results: List[report.Results]
+    about: List[Dict[str, Any]]
+
+    def mean(self, metric: str) -> Optional[float]:
+        """Over images and seeds."""
+        values = [r.summary().get("restored", {}).get(metric) for r in self.results]
+        return None if None in values else statistics.fmean(values)
+
+    def deviation(self, metric: str) -> Optional[float]:
+        """Between seeds."""
+        values = [r.summary().get("restored", {}).get(metric) for r in self.results]
+        return statistics.stdev(values) if len(values) > 1 and None not in values else None
+
+    def of_images(self, metric: str) -> Dict[str, float]:
+        """Image -> mean over the seeds, where each measured it."""
+        rows: Dict[str, List[Optional[float]]] = {}
+        for results in self.results:
+            for row in results.rows:
+                rows.setdefault(row["image"], []).append(row["metrics"].get("restored", {}).get(metric))
+        return {key: statistics.fmean(values) for key, values in rows.items() if None not in values}
+
+
+def difference(one: Measured, other: Measured, metric: str) -> Optional[Tuple[float, Optional[Tuple[float, float]]]]:
+    """Mean of ``one`` minus ``other`` over the images that both have, and its 95% interval (None: no single images)."""
+    a, b = one.of_images(metric), other.of_images(metric)
+    shared = sorted(a.keys() & b.keys())
+    if shared:
+        pairs = [a[key] - b[key] for key in shared]
+        return statistics.fmean(pairs), report.interval(pairs)
+    a, b = one.mean(metric), other.mean(metric)
+    return None if a is None or b is None else (a - b, None)
+
+
+DIGITS = {"psnr": 2, "ssim": 3, "niqe": 2, "stlpips": 3, "lpips": 3, "fid": 2, "kid": 3}
+
+
+def means_table(measured: Sequence[Measured]) -> List[str]:
+    """Markdown: a row each run, means over images and seeds, ± the deviation between seeds."""
+    first = measured[0].results[0]
+    names = [n for n in first.metrics() if any(m.mean(n) is not None for m in measured)]
+    heads = [
+        report.heading(first.protocols[n]["name"] if n not in DIGITS else n.upper(), first.protocols[n]) for n in names
+    ]
+    rows = []
+    for item in measured:
+        cells = []
+        for name in names:
+            value, deviation, digits = item.mean(name), item.deviation(name), DIGITS.get(name, 3)
+            text = "-" if value is None else f"{value:.{digits}f}"
+            cells.append(text + (f" ± {deviation:.{digits}f}" if deviation is not None else ""))
+        seconds, nfe = (statistics.fmean(a[k] for a in item.about) for k in ("seconds", "nfe"))
+        rows.append([report.escaped(item.run.label), *cells, f"{seconds:.2f}", f"{nfe:.0f}"])
+    return report.markdown_rows(["system", *heads, "s / image", "NFE"], rows)
+
+
+def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
+    """Markdown: relative differences from one run (PSNR: in dB), with 95% intervals over images."""
+    base = next(m for m in measured if m.run.label == against)
+    first = measured[0].results[0]
+    names = [n for n in first.metrics() if base.mean(n) is not None]
+    rows = []
+    for item in measured:
+        if item is base:
+            continue
+        cells = []
+        for name in names:
+            found = difference(item, base, name)
+            if found is None or not base.mean(name):
+                cells.append("-")
+                continue
+            factor, unit = (1.0, " dB") if name == "psnr" else (100 / abs(base.mean(name)), " %")
+            digits = 2 if name == "psnr" else 1
+            text = f"{found[0] * factor:+.{digits}f}{unit}"
+            if found[1] is not None:
+                low, high = (bound * factor for bound in found[1])
+                text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cells.append(text)
+        rows.append([report.escaped(item.run.label), *cells])
+    heads = [report.heading(n.upper() if n in DIGITS else n, first.protocols[n]) for n in names]
+    return report.markdown_rows([f"minus {report.escaped(against)}", *heads], rows)
+
+
+def study(
+    plan: Plan,
+    output: str,
+    *,
+    parts: Optional[Sequence[str]] = None,
+    sets: Optional[Sequence[str]] = None,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> str:
+    """Run what is missing of a plan, write tables and curves; returns the path of the Markdown file.
+
+    Args:
+        output: folder for everything.
+        parts, sets: only these; default: all.
+        say: called with a line for each run that was measured.
+
+    Raises:
+        UserError: for wrong names, missing images or weights.
+    """
+    for name in parts or ():
+        if name not in plan.parts:
+            raise UserError(f"there is no part {name!r}; {did_you_mean(name, plan.parts)}")
+    opt = load_options(plan.opt, is_train=False)
+    evaluation = Evaluation(opt["val"].get("metrics") or {}, opt["val"].get("weights_dir"))
+    text = [f"# Tables of tools/study_ucdir.py ({os.path.basename(plan.opt)})"]
+    loaded: Dict[str, TestSet] = {}
+    for part_name, part in plan.parts.items():
+        if parts is not None and part_name not in parts:
+            continue
+        wanted = [s for s in part.sets or () if sets is None or s in sets] if part.sets else sets
+        missing = None if wanted is None else [name for name in wanted if name not in loaded]
+        if wanted is None or missing:
+            loaded.update((s.name, s) for s in test_sets(opt, missing))
+        text.append(f"## {part.title}")
+        for images in [loaded[name] for name in (loaded if wanted is None else wanted)]:
+            keys = images.chosen(part.images)
+            measured = [_measured(run, images, keys, output, evaluation, device, say) for run in part.runs]
+            against = part.against or part.runs[0].label
+            text += [f"### {images.name}: {len(keys)} images", "\n".join(means_table(measured))]
+            if len(measured) > 1:
+                text.append("\n".join(differences_table(measured, against)))
+            curves = _curves(measured)
+            if curves:
+                path = os.path.join(output, f"{part_name}_{images.name}.png")
+                write_atomically(progress_figure(curves), path)
+                say(f"curves: {path}")
+    path = os.path.join(output, f"study{'' if parts is None else '_' + '_'.join(parts)}.md")
+    report.write_text("\n\n".join(text) + "\n", path)
+    return path
+
+
+def _measured(
+    run: Run,
+    images: TestSet,
+    keys: Sequence[str],
+    output: str,
+    evaluation: Evaluation,
+    device: str,
+    say: Callable[[str], None],
+) -> Measured:
+    # The input first: its folder holds the truths.
+    original = Images(output, images, Run(INPUT, INPUT), 0, None)
+    for key in keys:
+        original.make(key)
+    found = Measured(run, [], [])
+    model = None
+    if run.model != INPUT:
+        model = restorer.load_model(run.model, run.weights, device=device, sampling=run.sampling)
+    for seed in range(run.seeds):
+        made = Images(output, images, run, seed, model)
+        fresh = 0
+        for key in tqdm(keys, desc=f"{images.name}: {run.label}", unit="image", disable=None, leave=False):
+            try:
+                fresh += made.make(key)
+            except UserError as err:
+                raise UserError(f"{images.name}: {named(key, str(err))}") from err
+        results, about = made.measured(keys, evaluation.empty())
+        found.results.append(results)
+        found.about.append(about)
+        psnr = results.summary().get("restored", {}).get("psnr")
+        value = "" if psnr is None else f"{psnr:.2f} dB, "
+        say(f"{images.name}: {run.label}, seed {seed}: {value}{about['seconds']:.2f} s per image, {fresh} restored now")
+    return found
+
+
+def _curves(measured: Sequence[Measured]) -> Dict[str, Dict[str, List[Tuple[int, float]]]]:
+    """Metric -> run's name -> (iteration, mean), of runs that say their iteration."""
+    curves: Dict[str, Dict[str, List[Tuple[int, float]]]] = {}
+    for item in measured:
+        if item.run.iteration is None:
+            continue
+        for name in item.results[0].metrics():
+            value = item.mean(name)
+            if value is not None:
+                curves.setdefault(name, {}).setdefault(item.run.name, []).append((item.run.iteration, value))
+    return curves
