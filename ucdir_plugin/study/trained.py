@@ -27,6 +27,7 @@ from ucdir_plugin.figure import progress_figure
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.folders import read_uint8
 from ucdir_plugin.options import load_options, read_yaml_file
+from ucdir_plugin.study.cells import COLUMNS
 from ucdir_plugin.validation import sample_key, write_image
 
 INPUT = "input"
@@ -289,23 +290,30 @@ def difference(one: Measured, other: Measured, metric: str) -> Optional[Tuple[fl
     return None if a is None or b is None else (a - b, None)
 
 
-DIGITS = {"psnr": 2, "ssim": 3, "niqe": 2, "stlpips": 3, "lpips": 3, "fid": 2, "kid": 3}
+TITLES = {**COLUMNS, "fid": ("FID", 2), "kid": ("KID", 3)}
+
+
+def _heading(metric: str, results: report.Results) -> str:
+    return report.heading(TITLES.get(metric, (metric, 3))[0], results.protocols[metric])
 
 
 def means_table(measured: Sequence[Measured]) -> List[str]:
-    """Markdown: a row each run, means over images and seeds, ± the deviation between seeds."""
+    """Markdown: a row each run, means over images and seeds, ± the deviation between seeds; SE: of KID, over images."""
     first = measured[0].results[0]
     names = [n for n in first.metrics() if any(m.mean(n) is not None for m in measured)]
-    heads = [
-        report.heading(first.protocols[n]["name"] if n not in DIGITS else n.upper(), first.protocols[n]) for n in names
-    ]
+    heads = [_heading(n, first) for n in names]
     rows = []
     for item in measured:
         cells = []
         for name in names:
-            value, deviation, digits = item.mean(name), item.deviation(name), DIGITS.get(name, 3)
+            value, deviation, digits = item.mean(name), item.deviation(name), TITLES.get(name, ("", 3))[1]
             text = "-" if value is None else f"{value:.{digits}f}"
-            cells.append(text + (f" ± {deviation:.{digits}f}" if deviation is not None else ""))
+            error = item.results[0].sets.get("restored", {}).get(name, {}).get("standard_error")
+            if deviation is not None:
+                text += f" ± {deviation:.{digits}f}"
+            elif error is not None:
+                text += f" (SE {error:.{digits}f})"
+            cells.append(text)
         seconds, nfe = (statistics.fmean(a[k] for a in item.about) for k in ("seconds", "nfe"))
         rows.append([report.escaped(item.run.label), *cells, f"{seconds:.2f}", f"{nfe:.0f}"])
     return report.markdown_rows(["system", *heads, "s / image", "NFE"], rows)
@@ -334,7 +342,7 @@ def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
                 text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
             cells.append(text)
         rows.append([report.escaped(item.run.label), *cells])
-    heads = [report.heading(n.upper() if n in DIGITS else n, first.protocols[n]) for n in names]
+    heads = [_heading(n, first) for n in names]
     return report.markdown_rows([f"minus {report.escaped(against)}", *heads], rows)
 
 

@@ -1,0 +1,185 @@
+"""The study of trained systems: what it measures, and that it goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import RESTORING, ROOT, assert_one_line_error, merged
+
+import ucdir_plugin
+from ucdir_plugin import report
+from ucdir_plugin.errors import UserError
+from ucdir_plugin.options import load_options
+from ucdir_plugin.study import trained
+
+DATA = {"name": "photos", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": 10}
+OPTIONS = merged(
+    RESTORING,
+    {
+        "datasets": {"val": DATA, "test_1": {**DATA, "name": "others", "quality": 30}},
+        "val": {"metrics": {"niqe": None, "ssim": {"type": "calculate_ssim", "crop_border": 0}}},
+    },
+)
+OPTIONS["datasets"]["val"] = DATA
+
+PLAN = """
+opt: options.yml
+parts:
+  main:
+    title: Main
+    sets: [photos]
+    against: JPEG
+    runs:
+      - {name: JPEG, model: input}
+      - {name: prediction, model: options.yml, blend: 0}
+      - {name: fast, model: options.yml, seeds: 2}
+  trend:
+    title: Trend
+    sets: [photos]
+    images: 2
+    runs:
+      - {name: ours, model: options.yml, weights: net.pth, iteration: 1}
+      - {name: ours, model: options.yml, weights: net.pth, iteration: 2, sampling: {steps: 1}}
+"""
+
+
+@pytest.fixture
+def here(place):
+    place.write(OPTIONS)
+    (place.folder / "plan.yaml").write_text(PLAN)
+    return place
+
+
+def run(**changes):
+    lines = []
+    path = trained.study(trained.read_plan("plan.yaml"), "out", say=lines.append, **{"parts": ["main"], **changes})
+    return Path(path).read_text(), lines
+
+
+def folder(name):
+    (found,) = Path("out/photos").glob(f"{name}*")
+    return found
+
+
+def test_what_it_makes_is_what_the_tools_make(here):
+    _, lines = run()
+    assert [line.rsplit(": ", 1)[0] for line in lines] == [
+        "photos: JPEG, seed 0",
+        "photos: prediction, seed 0",
+        "photos: fast, seed 0",
+        "photos: fast, seed 1",
+    ]
+    model = ucdir_plugin.load_model("options.yml")
+    jpeg = cv2.imread("out/photos/input/coffee.png")
+    done = ucdir_plugin.restore(np.ascontiguousarray(jpeg[..., ::-1]), model, seed=1, key="coffee.png")
+    expected = (done.image[..., ::-1] * 255).round().astype(np.uint8)
+    by_seed = {report.read_results(p / "metrics_3.json")[1]["seed"]: p for p in Path("out/photos").glob("fast*")}
+    first, second = by_seed[0], by_seed[1]
+    assert np.array_equal(cv2.imread(str(second / "coffee.png")), expected)
+    assert not np.array_equal(cv2.imread(str(first / "coffee.png")), expected)
+    assert np.array_equal(cv2.imread("out/photos/truth/coffee.png"), cv2.imread("photos/coffee.png"))
+    ok = here.run("test.py", "-opt", "options.yml")
+    assert ok.returncode == 0, ok.stderr
+    tested, _ = report.read_results(f"results/{OPTIONS['name']}/metrics_photos.json")
+    for stage, of in (("input", "input"), ("initial", folder("prediction").name), ("restored", first.name)):
+        found, about = report.read_results(f"out/photos/{of}/metrics_3.json")
+        for row, expected in zip(found.rows, tested.rows):
+            assert row["image"] == expected["image"]
+            assert row["metrics"]["restored"]["psnr"] == pytest.approx(expected["metrics"][stage]["psnr"], abs=1e-6)
+        assert about["nfe"] == {"input": 0, "initial": 0, "restored": 2}[stage]
+
+
+def test_it_goes_on_where_it_stopped(here):
+    table, _ = run()
+    (folder("prediction") / "coffee.png").unlink()
+    again, lines = run()
+    assert [int(line.split()[-3]) for line in lines] == [0, 1, 0, 0] and again == table
+    net = torch.load("net.pth", weights_only=True)
+    net["params_ema"]["predictor.conv1_1.bias"] += 1
+    net["params"]["predictor.conv1_1.bias"] += 1
+    torch.save(net, "net.pth")
+    assert [int(line.split()[-3]) for line in run()[1]] == [0, 3, 3, 3]  # other weights: all again
+
+
+def measured(name, *seeds):
+    """A run of which each seed gives image -> PSNR."""
+    results = [
+        report.Results(
+            [{"image": key, "metrics": {"restored": {"psnr": value}}} for key, value in seed.items()],
+            {
+                "psnr": {"name": "PSNR", "type": "calculate_psnr", "better": "higher"},
+                "fid": {"name": "FID", "type": "calculate_fid", "better": "lower"},
+            },
+            {"restored": {"fid": {"value": 10.0 * (i + 1), "warnings": []}}},
+        )
+        for i, seed in enumerate(seeds)
+    ]
+    return trained.Measured(trained.Run(name, "m"), results, [{"seconds": 1.0, "nfe": 5} for _ in seeds])
+
+
+def test_means_and_paired_differences():
+    one = measured("one", dict(zip("abcde", (1.0, 2.0, 3.0, 4.0, 5.0))), dict(zip("abcde", (3.0, 4.0, 5.0, 6.0, 7.0))))
+    other = measured("other", dict(zip("abcde", (1.5, 2.5, 3.5, 4.5, 5.5))))
+    assert (
+        one.mean("psnr") == 4.0 and one.deviation("psnr") == pytest.approx(2**0.5) and other.deviation("psnr") is None
+    )
+    mean, bounds = trained.difference(one, other, "psnr")
+    assert mean == 0.5 and bounds == (0.5, 0.5)  # the same for each image: nothing varies
+    assert trained.difference(one, other, "fid") == (5.0, None)
+    assert "| one | 15.00 ± 7.07 | 4.00 ± 1.41 | 1.00 | 5 |" in trained.means_table([one, other])
+    assert "+0.50 dB [+0.50, +0.50]" in "\n".join(trained.differences_table([other, one], "other"))
+    lower = measured("lower", {"a": 0.5, "z": 9.0})
+    assert trained.difference(lower, one, "psnr")[0] == -1.5  # of the images that both have
+
+
+def test_curves(here):
+    table, lines = run(parts=["trend"])
+    assert "ours, 1 iterations" in table and "photos: 2 images" in table
+    assert lines[-1] == "curves: out/trend_photos.png" and cv2.imread("out/trend_photos.png") is not None
+    assert Path("out/study_trend.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"opt": "gone.yml", "parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "m"}]}}}, "gone.yml"),
+        ({"parts": {"main": {"title": "t", "runs": []}}}, "parts:main: no runs"),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a"}]}}}, "parts:main:runs:0:model"),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "input", "step": 3}]}}}, "step"),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "input"}] * 2}}}, "two runs are called a"),
+        (
+            {"parts": {"main": {"title": "t", "against": "b", "runs": [{"name": "a", "model": "input"}]}}},
+            "against: known: a",
+        ),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "input", "seeds": 0}]}}}, "1 or more"),
+        (
+            {"parts": {"main": {"title": "t", "sets": ["photo"], "runs": [{"name": "a", "model": "input"}]}}},
+            "did you mean 'photos'",
+        ),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "smal"}]}}}, "smal is neither"),
+    ],
+)
+def test_faults_of_a_plan(here, change, words):
+    Path("plan.yaml").write_text(json.dumps({"opt": "options.yml", "parts": {}, **change}))
+    with pytest.raises(UserError) as raised:
+        run()
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_tool(here):
+    done = here.run("study_ucdir.py", "plan.yaml", "-o", "out", "--parts", "man")
+    assert_one_line_error(done, "there is no part 'man'", "did you mean 'main'")
+    done = here.run("study_ucdir.py", "plan.yaml", "-o", "out", "--parts", "main", "--threads", "1")
+    assert done.returncode == 0 and "tables: out/study_main.md" in done.stdout
+
+
+def test_the_plans_that_come_with_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in Path("options/study").glob("*.yaml"):
+        plan = trained.read_plan(str(path))
+        known = {data["name"] for data in load_options(plan.opt, is_train=False)["datasets"].values()}
+        for part in plan.parts.values():
+            assert set(part.sets or ()) <= known
