@@ -14,8 +14,8 @@ import functools
 import os
 import sys
 
-from ucdir_plugin.data.preparation import Task, middle_square, prepare, same_settings
-from ucdir_plugin.errors import UserError, at_least_one, did_you_mean, run_cli
+from ucdir_plugin.data.preparation import Task, link_to, middle_square, prepare, same_settings
+from ucdir_plugin.errors import UserError, WriteError, at_least_one, did_you_mean, run_cli
 from ucdir_plugin.imageio import EXTENSIONS, image_size, list_images
 
 
@@ -95,16 +95,12 @@ def link(source: str, out: str, names: list, least: int) -> int:
             if min(image_size(path)) < least:
                 small += 1
                 continue
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            if os.path.islink(target) and os.readlink(target) != path:  # to where the images were before
-                os.remove(target)
-            if not os.path.lexists(target):
-                os.symlink(path, target)
+            link_to(path, target)
             linked += 1
+        except WriteError:
+            raise
         except UserError as err:
             failed.append(str(err))
-        except OSError as err:
-            raise UserError(f"cannot write {target}: {err.strerror}") from err
     for reason in failed:
         print(f"failed: {reason}", file=sys.stderr)
     print(f"{linked} images linked, {small} below {least} pixels a side left out, {len(failed)} failed")

@@ -281,3 +281,41 @@ def test_gopro_faults(gopro):
     assert_one_line_error(gopro.run(*run, "--step", "64"), "--step goes with --crop")
     (gopro.folder / "GOPRO_Large/train/GOPR1_00/sharp/000002.png").unlink()
     assert_one_line_error(gopro.run(*run), "GOPR1_00/blur/000002.png has no partner of the same name in blur and sharp")
+
+
+def test_polyu_halves_share_no_scene(workplace):
+    source, counts = workplace.folder / "cropped", {"toy": 3, "desk": 2, "door": 1, "wall": 1, "plant": 1}
+    source.mkdir()
+    for scene, count in counts.items():
+        for i in range(count):
+            for kind, value in (("real", 100), ("mean", 200)):
+                camera = ("Sony_4-5", "NikonD800_5")[i % 2]
+                image = np.full((8, 8, 3), value, np.uint8)
+                cv2.imwrite(str(source / f"{camera}_125_1600_{scene}_{i}_{kind}.JPG"), image)
+    run = ("../datasets/prepare_polyu.py", "--source", "cropped", "--out", "polyu")
+    for _ in range(2):  # again: nothing changes
+        done = workplace.run(*run)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "a: 4 pairs of 2 scenes (plant, toy)",
+        "b: 4 pairs of 3 scenes (desk, door, wall)",
+    ]
+    for half in "ab":
+        pairs = build_dataset(
+            {
+                "name": half,
+                "type": "PairedRestorationDataset",
+                "phase": "val",
+                "filename_tmpl": "{}",
+                "io_backend": {"type": "disk"},
+                "dataroot_lq": str(workplace.folder / "polyu" / half / "lq"),
+                "dataroot_gt": str(workplace.folder / "polyu" / half / "gt"),
+            }
+        )
+        assert len(pairs) == 4
+        for i in range(4):
+            assert pairs[i]["lq"].mean() < 0.5 < pairs[i]["gt"].mean()
+    (source / "Sony_4-5_125_1600_toy_0_mean.JPG").unlink()
+    assert_one_line_error(workplace.run(*run), "Sony_4-5_125_1600_toy_0 has no mean image")
+    cv2.imwrite(str(source / "holiday.jpg"), np.zeros((8, 8, 3), np.uint8))
+    assert_one_line_error(workplace.run(*run), "holiday.jpg is not called CAMERA_APERTURE")

@@ -57,6 +57,23 @@ def write_png(image: np.ndarray, path: str) -> None:
     write_atomically(cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes(), path)
 
 
+def link_to(path: str, target: str) -> None:
+    """Make ``target`` a link to a file, in the place of one to elsewhere; what else is there stays.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    path = os.path.abspath(path)
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.islink(target) and os.readlink(target) != path:  # to where the images were before
+            os.remove(target)
+        if not os.path.lexists(target):
+            os.symlink(path, target)
+    except OSError as err:
+        raise WriteError(f"cannot write {target}: {err.strerror}") from err
+
+
 def middle_square(path: str, size: int) -> list:
     """The image's middle square, scaled to ``size`` as DGP and DDRM do: [(size, size, 3) BGR uint8].
 
