@@ -834,3 +834,20 @@ def test_a_folder_is_left_out_of_a_listing(tmp_path, monkeypatch):
     os.remove(tmp_path / "link")
     for elsewhere in (None, str(tmp_path / "none"), str(tmp_path.parent), folder):
         assert list_images(folder, "option", skip=elsewhere) == everything
+
+
+@pytest.mark.parametrize("quality", [1, 10, 33, 50, 75, 95, 100])
+def test_the_quality_of_a_jpeg_is_that_of_its_encoder(tmp_path, quality):
+    image = smooth(24, 40)
+    for picture in (rgb(image), gray(image), cmyk(image)):
+        for more in ({}, {"progressive": True}):
+            assert read(tmp_path, saved(picture, "JPEG", quality=quality, **more)).quality == quality
+    encoded = cv2.imencode(".jpg", rgb(image), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    assert read(tmp_path, encoded).quality == quality
+    assert read(tmp_path, saved(rgb(image), "PNG")).quality is None
+
+
+def test_the_quality_of_other_tables_is_the_nearest(tmp_path):
+    image, tables = smooth(24, 40), Image.open(io.BytesIO(saved(rgb(smooth(24, 40)), "JPEG", quality=30))).quantization
+    changed = {i: [step + (n % 3 == 0) for n, step in enumerate(table)] for i, table in tables.items()}
+    assert read(tmp_path, saved(rgb(image), "JPEG", qtables=changed)).quality in (29, 30)

@@ -287,6 +287,34 @@ def test_a_model_file_restores_by_itself(place):
     assert_one_line_error(done, "net.pth.bin", "ends with .safetensors")
 
 
+def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
+    trained = {"name": "jpegs", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": [10, 30], "gt_size": 16}
+    place.write(merged(RESTORING, {"datasets": {"train": trained}}))
+    done = place.run("convert_weights.py", "--from", "training", "-opt", "options.yml", "net.pth", "net.safetensors")
+    assert done.returncode == 0, done.stderr
+    os.mkdir("mixed")
+    for name, quality in (("a_png", None), ("b_5", 5), ("c_35", 35), ("d_90", 90)):
+        path = f"mixed/{name}.{'png' if quality is None else 'jpg'}"
+        Image.open("photos/coffee.png").save(path, **({} if quality is None else {"quality": quality}))
+    for number, which in enumerate((("--model", "net.safetensors"), ())):
+        done = run(place, *which, source="mixed", target=f"out{number}")
+        assert done.returncode == 0, done.stderr
+        notes = [line for line in done.stdout.splitlines() if "trained" in line]
+        said = "tiny was trained on JPEG of quality 10 to 30: restored all the same"
+        assert notes == [
+            f"a_png.png: it is no JPEG, and {said}",
+            f"d_90.jpg: it is a JPEG of quality 90, and {said}, detail may be lost",
+        ]
+        records = {
+            name: json.loads(Path(f"out{number}/{name}.json").read_text()) for name in ("a_png", "b_5", "c_35", "d_90")
+        }
+        assert [name for name, record in records.items() if "note" in record] == ["a_png", "d_90"]
+    monkeypatch.setattr(restorer, "QUALITY_MARGIN", 4)
+    model = ucdir_plugin.load_model("options.yml")
+    assert model.doubt(imageio.read_photo("mixed/b_5.jpg", 10**6)).endswith("restored all the same, blocks may be left")
+    assert model.doubt(imageio.read_photo("mixed/c_35.jpg", 10**6)).endswith("detail may be lost")
+
+
 def test_names(place):
     os.makedirs("twins/below")
     photo = Image.open("photos/coffee.png")
@@ -399,7 +427,7 @@ def test_bad_places_get_one_line(place):
     assert_one_line_error(
         run(place, "--max-pixels", "1000", source="photos/coffee.png"), "coffee.png", "36x44", "--max-pixels"
     )
-    assert_one_line_error(run(place, "--model", "nothing"), "nothing is neither an option file")
+    assert_one_line_error(run(place, "--model", "nothing"), "nothing is neither an option file", "bird")
     assert_one_line_error(run(place, "--model", "nothing.safetensors"), "nothing.safetensors does not exist")
     assert_one_line_error(run(place, "--model", "x.safetensors", "--weights", "net.pth"), "--weights goes with -opt")
     place.write(merged(RESTORING, {"path": None}), "options.yml")

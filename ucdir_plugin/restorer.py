@@ -338,7 +338,6 @@ def load_model(
         from ucdir_plugin import blind
 
         return blind.from_options(found, chosen)
-    quality = None
     if model in zoo.names("model"):
         model = zoo.find(model)
     if model.endswith(".safetensors"):
@@ -356,6 +355,7 @@ def load_model(
                 f" {did_you_mean(model, ['bird', *zoo.names('model')])}"
             )
         opt = load_options(model, is_train=False)
+        quality = weights.jpeg_quality(opt)
         opt["root_path"] = os.getcwd()
         if weights_file is None:
             weights.find_weights(opt, [])
@@ -535,6 +535,7 @@ def restore(
     else:
         photo = imageio.read_photo(os.fspath(image), max_pixels)
         key = os.path.basename(image) if key is None else key
+    doubt = None if isinstance(image, np.ndarray) else model.doubt(photo)
     photo = model.like(photo)
     started = time.perf_counter()
     memory.reset_peak(model.device)
@@ -551,6 +552,7 @@ def restore(
         "peak_memory": memory.peak(model.device),
         "device": str(model.device),
         "versions": versions(),
+        **({"note": doubt} if doubt else {}),
     }
     initial = drawn.initial()
     return Restored(

@@ -476,20 +476,25 @@ def write_model(
             kept["val"]["sampling"] = {key: options["val"]["sampling"][key] for key in ("sampler", "steps")}
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
-    header = {"options": kept, "notes": dict(notes)}
-    trained = (options.get("datasets") or {}).get("train", {})
-    if trained.get("type") == "JPEGDataset":
-        quality = trained["quality"]
-        header["jpeg_quality"] = list(quality) if isinstance(quality, (list, tuple)) else [quality, quality]
+    header = {"options": kept, "notes": dict(notes), "jpeg_quality": jpeg_quality(options)}
     return _write_safetensors(state, target, dtype, header)
 
 
-def jpeg_quality_of(path: str) -> Optional[tuple[int, int]]:
-    """Lowest and highest quality of the JPEGs that a model file was trained on; None if on something else."""
-    found = _header(path).get("jpeg_quality")
-    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(q, int) for q in found)):
+def jpeg_quality(options: Mapping[str, Any]) -> Optional[tuple[int, int]]:
+    """Lowest and highest quality of the JPEGs that an option file trains on; None if on something else."""
+    trained = (options.get("datasets") or {}).get("train") or {}
+    if trained.get("type") != "JPEGDataset":
         return None
-    return found[0], found[1]
+    quality = trained["quality"]
+    low, high = quality if isinstance(quality, (list, tuple)) else (quality, quality)
+    return low, high
+
+
+def jpeg_quality_of(path: str) -> Optional[tuple[int, int]]:
+    """:func:`jpeg_quality` of what a model file was trained on."""
+    found = _header(path).get("jpeg_quality")
+    fits = isinstance(found, list) and len(found) == 2 and all(type(q) is int and 1 <= q <= 100 for q in found)
+    return (found[0], found[1]) if fits else None
 
 
 def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
