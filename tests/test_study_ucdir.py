@@ -104,6 +104,16 @@ def test_it_goes_on_where_it_stopped(here):
     assert [int(line.split()[-3]) for line in run()[1]] == [0, 3, 3, 3]  # other weights: all again
 
 
+def test_other_inputs_are_made_again(here):
+    before = run()[0]
+    here.write(merged(OPTIONS, {"datasets": {"val": {"quality": 40}}}))
+    after, lines = run()
+    assert [int(line.split()[-3]) for line in lines] == [0, 3, 3, 3] and after != before
+    jpeg, better = cv2.imread("out/photos/input/coffee.png"), ucdir_plugin.data.degradations.jpeg
+    truth = cv2.imread("out/photos/truth/coffee.png").astype(np.float32) / 255
+    assert np.array_equal(jpeg, (better(truth, 40) * 255).round().astype(np.uint8))
+
+
 def measured(name, *seeds):
     """A run of which each seed gives image -> PSNR."""
     results = [

@@ -186,7 +186,8 @@ class Images:
                 found = json.load(file)
         except (OSError, ValueError):
             return {}
-        return found if os.path.isfile(self.file(key)) and isinstance(found, dict) else {}
+        fits = os.path.isfile(self.file(key)) and isinstance(found, dict) and found.get("made") == self.digest
+        return found if fits else {}
 
     def make(self, key: str) -> bool:
         """Restore an image; whether it was not there."""
@@ -208,7 +209,7 @@ class Images:
             image = (done.image[..., ::-1] * 255).round().astype(np.uint8)
             about = {name: done.info[name] for name in ("seconds", "nfe")}
         write_image(image, self.file(key))
-        about["threads"] = torch.get_num_threads()
+        about.update(threads=torch.get_num_threads(), made=self.digest)
         write_atomically(json.dumps(about).encode(), f"{os.path.splitext(self.file(key))[0]}.json")
         return True
 
@@ -385,9 +386,9 @@ def study(
             measured = [_measured(run, images, keys, output, evaluation, device, say) for run in part.runs]
             against = part.against or part.runs[0].label
             text += [f"### {images.name}: {len(keys)} images", "\n".join(means_table(measured))]
-            if len(measured) > 1:
-                text.append("\n".join(differences_table(measured, against)))
             curves = _curves(measured)
+            if len(measured) > 1 and not curves:
+                text.append("\n".join(differences_table(measured, against)))
             if curves:
                 path = os.path.join(output, f"{part_name}_{images.name}.png")
                 write_atomically(progress_figure(curves), path)
