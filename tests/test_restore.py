@@ -52,6 +52,26 @@ def test_a_folder_is_restored_as_test_py_does(place):
         assert np.abs(tested.astype(int) - read(f"photos/{name}.png")).max() > 0
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"type": "SIDUNet", "width": 4, "levels": 2, "residual": True},
+        {"type": "UCDIRDenoiser", "in_channel": 3, "inner_channel": 8, "channel_mults": [1, 2], "res_blocks": 1},
+    ],
+    ids=lambda network: network["type"],
+)
+def test_a_network_of_one_pass_restores_as_test_py_does(place, network):
+    """Under BasicSR's own model it sees [0, 1], not the [-1, 1] that UCDIR would give it."""
+    options = merged(EDSR, {"name": "one", "scale": 1, "network_g": None, "path": {"pretrain_network_g": "one.pth"}})
+    place.write({**options, "network_g": network, "val": {"save_img": True}}, "one.yml")
+    torch.save({"params": build_arch(network).state_dict()}, "one.pth")
+    assert run(place, opt="one.yml").returncode == 0
+    done = place.run("test.py", "-opt", "one.yml")
+    assert done.returncode == 0, done.stderr
+    for name in ("astronaut", "chelsea", "coffee"):
+        np.testing.assert_array_equal(read(f"out/{name}.png"), read(f"results/one/visualization/val/{name}_one.png"))
+
+
 def test_patches_of_a_local_network_equal_the_whole_image(place):
     local = {"attn_res": [], "mid_attn": False, "norm": "layernorm2d"}
     options = merged(RESTORING, {"network_g": {"denoiser": local}, "path": {"pretrain_network_g": "local.pth"}})

@@ -196,14 +196,11 @@ class Restorer:
     def _one_pass(
         self, lq: torch.Tensor, empty: Callable[..., torch.Tensor], progress: Optional[sampling.Progress]
     ) -> torch.Tensor:
-        low, high = getattr(self.net, "value_range", (0.0, 1.0))
-
         def function(x: torch.Tensor) -> torch.Tensor:
             height, width = x.shape[-2:]
             padded = pad_for(self.net, x)
             with self._autocast():
-                y = self.net(padded * (high - low) + low).float()
-            y = (y - low) / (high - low)
+                y = self.net(padded).float()  # [0, 1], as BasicSR's models train and test it, whatever UCDIR gives it
             if y.shape[-2:] != (padded.shape[-2] * self.scale, padded.shape[-1] * self.scale):
                 raise UserError(
                     f"{type(self.net).__name__} turns {padded.shape[-1]}x{padded.shape[-2]} pixels into"
