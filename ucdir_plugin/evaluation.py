@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
@@ -57,7 +58,8 @@ def measure(
         if "img2" not in data:
             failures += (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError, AssertionError)
         try:
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # NIQE of a block without values of one sign
                 value = float(calculate_metric(data, {k: v for k, v in cfg.items() if k != "better"}))
         except failures:
             value = float("nan")
