@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error
+from conftest import PHOTOS, assert_one_line_error
 from test_adm import TINY, tiny
 
 from ucdir_plugin import priors, weights, zoo
@@ -64,6 +65,20 @@ def test_what_is_shipped():
             assert entry["sha256"] in card.read()
         notes = weights.read_prior(path).notes if entry["kind"] == "prior" else weights.read_model(path)[2]
         assert notes["licence"]
+
+
+@pytest.mark.parametrize("name", zoo.names("model"))
+def test_the_models_restore_a_jpeg_by_name(name, workplace):
+    truth = cv2.imread(str(PHOTOS / "astronaut.png"))[:192, 128:320]
+    cv2.imwrite(str(workplace.folder / "photo.jpg"), truth, [cv2.IMWRITE_JPEG_QUALITY, 10])
+    done = workplace.run("restore.py", "--model", name, "-i", "photo.jpg", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    licence, line = done.stdout.splitlines()
+    assert licence.startswith(f"{name}: licence: ") and "non-commercial research" in licence and "photo.png" in line
+    jpeg, restored = (cv2.imread(str(workplace.folder / file)) for file in ("photo.jpg", "out/photo.png"))
+    assert cv2.PSNR(truth, restored) > cv2.PSNR(truth, jpeg) + 0.5
+    done = workplace.run("restore.py", "--model", name.replace("jpeg", "jpg"), "-i", "photo.jpg", "-o", "out")
+    assert_one_line_error(done, "did you mean", repr(name))
 
 
 @pytest.fixture
