@@ -58,12 +58,23 @@ def main() -> int:
                 raise UserError(f"{args.source}: {stem} has no {lacking} image")
     chosen = halves(pairs)
     counts = {"a": 0, "b": 0}
+    links = {}
     for scene, half in chosen.items():
+        counts[half] += len(pairs[scene])
         for stem, files in pairs[scene].items():
             for folder, kind in KINDS.items():
                 target = os.path.join(args.out, half, folder, stem + os.path.splitext(files[kind])[1])
-                link_to(os.path.join(args.source, files[kind]), target)
-            counts[half] += 1
+                links[target] = os.path.join(args.source, files[kind])
+    for half in counts:
+        for folder in KINDS:
+            below = os.path.join(args.out, half, folder)
+            for name in sorted(os.listdir(below)) if os.path.isdir(below) else ():
+                if os.path.join(below, name) not in links:  # it could be in the other half now
+                    raise UserError(
+                        f"{os.path.join(below, name)} is of other pairs: remove {args.out}, or name another --out"
+                    )
+    for target, path in links.items():
+        link_to(path, target)
     for half, count in counts.items():
         scenes = sorted(scene for scene, of in chosen.items() if of == half)
         print(f"{half}: {count} pairs of {len(scenes)} scenes ({', '.join(scenes)})")

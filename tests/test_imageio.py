@@ -851,3 +851,14 @@ def test_the_quality_of_other_tables_is_the_nearest(tmp_path):
     image, tables = smooth(24, 40), Image.open(io.BytesIO(saved(rgb(smooth(24, 40)), "JPEG", quality=30))).quantization
     changed = {i: [step + (n % 3 == 0) for n, step in enumerate(table)] for i, table in tables.items()}
     assert read(tmp_path, saved(rgb(image), "JPEG", qtables=changed)).quality in (29, 30)
+
+
+def test_the_quality_is_that_of_the_table_of_the_luma(tmp_path):
+    content = bytearray(saved(gray(smooth(24, 40)), "JPEG", quality=10))
+    table, frame = content.index(b"\xff\xdb"), content.index(b"\xff\xc0")
+    content[table + 4] |= 1  # the file's only table is called 1 now
+    content[frame + 12] = 1
+    assert read(tmp_path, bytes(content)).quality == 10
+    image = Image.fromarray(rgb(smooth(24, 40)))
+    image.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[image], quality=10)
+    assert read_photo(str(tmp_path / "camera.jpg"), LIMIT).quality == 10

@@ -315,6 +315,10 @@ def test_polyu_halves_share_no_scene(workplace):
         assert len(pairs) == 4
         for i in range(4):
             assert pairs[i]["lq"].mean() < 0.5 < pairs[i]["gt"].mean()
+    for i in range(2, 6):  # now desk is the largest scene: halves change
+        for kind in ("real", "mean"):
+            shutil.copy(source / f"NikonD800_5_125_1600_desk_1_{kind}.JPG", source / f"Sony_1_1_1_desk_{i}_{kind}.JPG")
+    assert_one_line_error(workplace.run(*run), "is of other pairs: remove polyu")
     (source / "Sony_4-5_125_1600_toy_0_mean.JPG").unlink()
     assert_one_line_error(workplace.run(*run), "Sony_4-5_125_1600_toy_0 has no mean image")
     cv2.imwrite(str(source / "holiday.jpg"), np.zeros((8, 8, 3), np.uint8))

@@ -15,7 +15,7 @@ from conftest import EDSR, RESTORING, assert_one_line_error, merged
 from PIL import Image
 
 import ucdir_plugin
-from ucdir_plugin import imageio, pipeline, restorer
+from ucdir_plugin import imageio, pipeline, restorer, weights
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.errors import UserError, WriteError
 from ucdir_plugin.options import SamplingOptions
@@ -329,6 +329,8 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
             name: json.loads(Path(f"out{number}/{name}.json").read_text()) for name in ("a_png", "b_5", "c_35", "d_90")
         }
         assert [name for name, record in records.items() if "note" in record] == ["a_png", "d_90"]
+    for quality in (None, 0, [40, 10], [1, 2, 3], "10"):  # what trains nothing is no reason not to restore
+        assert weights.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
     monkeypatch.setattr(restorer, "QUALITY_MARGIN", 4)
     model = ucdir_plugin.load_model("options.yml")
     assert model.doubt(imageio.read_photo("mixed/b_5.jpg", 10**6)).endswith("restored all the same, blocks may be left")

@@ -1,6 +1,7 @@
 """The study of trained systems: what it measures, and that it goes on where it stopped."""
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import ucdir_plugin
 from ucdir_plugin import report
 from ucdir_plugin.errors import UserError
 from ucdir_plugin.options import load_options
+from ucdir_plugin.registry import build_arch
 from ucdir_plugin.study import trained
 
 DATA = {"name": "photos", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": 10}
@@ -96,22 +98,90 @@ def test_it_goes_on_where_it_stopped(here):
     table, _ = run()
     (folder("prediction") / "coffee.png").unlink()
     again, lines = run()
-    assert [int(line.split()[-3]) for line in lines] == [0, 1, 0, 0] and again == table
+    assert restored_now(lines) == [0, 1, 0, 0] and again == table
     net = torch.load("net.pth", weights_only=True)
     net["params_ema"]["predictor.conv1_1.bias"] += 1
     net["params"]["predictor.conv1_1.bias"] += 1
     torch.save(net, "net.pth")
-    assert [int(line.split()[-3]) for line in run()[1]] == [0, 3, 3, 3]  # other weights: all again
+    assert restored_now(run()[1]) == [0, 3, 3, 3]  # other weights: all again
 
 
 def test_other_inputs_are_made_again(here):
     before = run()[0]
     here.write(merged(OPTIONS, {"datasets": {"val": {"quality": 40}}}))
     after, lines = run()
-    assert [int(line.split()[-3]) for line in lines] == [0, 3, 3, 3] and after != before
+    assert restored_now(lines) == [0, 3, 3, 3] and after != before
     jpeg, better = cv2.imread("out/photos/input/coffee.png"), ucdir_plugin.data.degradations.jpeg
     truth = cv2.imread("out/photos/truth/coffee.png").astype(np.float32) / 255
     assert np.array_equal(jpeg, (better(truth, 40) * 255).round().astype(np.uint8))
+
+
+def restored_now(lines):
+    return [int(line.split()[-3]) for line in lines]
+
+
+def test_what_decides_a_result_is_noticed(here):
+    run()
+    photo = cv2.imread("photos/coffee.png")
+    cv2.imwrite("photos/coffee.png", photo[::-1])  # another image of one name
+    assert restored_now(run()[1]) == [0, 1, 1, 1]
+    assert np.array_equal(cv2.imread("out/photos/truth/coffee.png"), photo[::-1])
+    os.remove("out/photos/truth/coffee.png")
+    assert restored_now(run()[1]) == [0, 0, 0, 0] and os.path.isfile("out/photos/truth/coffee.png")
+    next(Path("out/photos").glob("fast*/metrics_3.json")).write_text("{")  # damaged: measured again
+    assert restored_now(run()[1]) == [0, 0, 0, 0]
+    here.write(merged(OPTIONS, {"diffusion": {"end": 2e-2}}))  # the weights stay the same
+    assert restored_now(run()[1]) == [0, 3, 3, 3]
+
+
+def test_the_network_is_told_what_the_dataset_tells(here):
+    options = merged(
+        OPTIONS, {"network_g": {"denoiser": {"conditions": {"quality": {"range": [1, 100], "drop": 0.1}}}}}
+    )
+    here.write(options)
+    torch.manual_seed(2)
+    net = build_arch(options["network_g"])
+    for p in net.denoise_fn.condition_embedding.parameters():
+        torch.nn.init.normal_(p)
+    torch.save({"params": net.state_dict()}, "net.pth")
+    run()
+    jpeg = np.ascontiguousarray(cv2.imread("out/photos/input/coffee.png")[..., ::-1])
+    model = ucdir_plugin.load_model("options.yml")
+    results = [ucdir_plugin.restore(jpeg, model, seed=0, key="coffee.png", condition=c) for c in ({"quality": 10}, {})]
+    told, untold = ((done.image[..., ::-1] * 255).round().astype(np.uint8) for done in results)
+    made = [cv2.imread(str(p / "coffee.png")) for p in Path("out/photos").glob("fast*")]
+    assert any(np.array_equal(image, told) for image in made) and not np.array_equal(told, untold)
+
+
+def test_part_of_the_sets(here):
+    Path("plan.yaml").write_text(PLAN.replace("    sets: [photos]\n", "", 1))
+    both, _ = run()
+    assert "### photos: 3" in both and "### others: 3" in both
+    one, lines = run(sets=["others"])
+    assert "### photos" not in one and "### others" in one and restored_now(lines) == [0, 0, 0, 0]
+    assert Path("out/study_main.md").read_text() == both and Path("out/study_main_others.md").read_text() == one
+    with pytest.raises(UserError, match="options.yml has no test set other; did you mean 'others'"):
+        run(sets=["other"])
+    Path("plan.yaml").write_text(PLAN)
+    with pytest.raises(UserError, match="no part has a test set of others"):
+        run(sets=["others"])
+
+
+def test_faults_of_the_images(here):
+    cv2.imwrite("photos/coffee.jpg", cv2.imread("photos/coffee.png"))
+    with pytest.raises(UserError, match=r"coffee.(png|jpg) differs from another image in its extension only"):
+        run()
+    os.remove("photos/coffee.jpg")
+    alone = {"name": "photos", "type": "PairedRestorationDataset", "dataroot_lq": "photos"}
+    here.write({**OPTIONS, "datasets": {"val": alone}})
+    with pytest.raises(UserError, match="test set photos has no gt images: name its dataroot_gt"):
+        run()
+    here.write(merged(OPTIONS, {"network_g": {"denoiser": {"norm": "layernorm2d"}}}))
+    torch.manual_seed(1)
+    state = build_arch(load_options("options.yml", is_train=False)["network_g"]).state_dict()
+    torch.save({"params": {key: value * 1e20 for key, value in state.items()}}, "net.pth")
+    with pytest.raises(UserError, match="photos: .*NaN or infinite"):
+        run()
 
 
 def measured(name, *seeds):
@@ -141,6 +211,8 @@ def test_means_and_paired_differences():
     assert trained.difference(one, other, "fid") == (5.0, None)
     assert "| one | 15.00 ± 7.07 | 4.00 ± 1.41 | 1.00 | 5 |" in trained.means_table([one, other])
     assert "+0.50 dB [+0.50, +0.50]" in "\n".join(trained.differences_table([other, one], "other"))
+    same = measured("same", dict.fromkeys("abcde", float("inf")), dict.fromkeys("abcde", float("inf")))
+    assert same.deviation("psnr") is None and trained.difference(same, one, "psnr") is None
     lower = measured("lower", {"a": 0.5, "z": 9.0})
     assert trained.difference(lower, one, "psnr")[0] == -1.5  # of the images that both have
 
@@ -155,6 +227,9 @@ def test_curves(here):
 @pytest.mark.parametrize(
     "change, words",
     [
+        ({"parts": {"main": {"title": "t", "images": 0, "runs": [{"name": "a", "model": "input"}]}}}, "1 or more"),
+        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "input", "seeds": 2}]}}}, "nothing else"),
+        ({"parts": {"../main": {"title": "t", "runs": [{"name": "a", "model": "input"}]}}}, "letters, digits"),
         ({"opt": "gone.yml", "parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "m"}]}}}, "gone.yml"),
         ({"parts": {"main": {"title": "t", "runs": []}}}, "parts:main: no runs"),
         ({"parts": {"main": {"title": "t", "runs": [{"name": "a"}]}}}, "parts:main:runs:0:model"),

@@ -1,5 +1,6 @@
 """Restore a photograph, or all of a folder.
 
+python tools/restore.py --model jpeg_small -i photo.jpg -o restored/
 python tools/restore.py -opt options/demo_ucdir.yml -i photo.jpg -o restored/
 python tools/restore.py --model mine.safetensors -i photos/ -o restored/ --sampler ddim --steps 20
 python tools/restore.py --model bird --task deblur -i blurred.jpg -o restored/
@@ -25,7 +26,9 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-opt", metavar="FILE.yml", help="option file; what it trained last is used, or --weights")
     which.add_argument(
-        "--model", metavar="FILE", help="model file (.safetensors), made by tools/convert_weights.py; or bird"
+        "--model",
+        metavar="NAME",
+        help="jpeg_small or another of the package, a model file (.safetensors) of tools/convert_weights.py, or bird",
     )
     add("-i", "--input", help="image, or folder with images in it and below")
     add("-o", "--output", required=True, help="folder for the results; for one image also a .png or .jpg file")

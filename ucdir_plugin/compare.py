@@ -168,10 +168,9 @@ def _cells(
         if first is None:
             first = run.name, values
         else:
-            pairs = [b - a for a, b in zip(first[1], values) if np.isfinite([a, b]).all()]
-            if pairs:
-                found = {"from": first[0], "mean": float(np.mean(pairs)), "interval": report.interval(pairs)}
-                cell["difference"] = {**found, "images": len(pairs)}
+            found = report.paired(first[1], values)
+            if found:
+                cell["difference"] = {"from": first[0], **found}
         cells.append(cell)
     return cells
 

@@ -91,7 +91,7 @@ def read_header(file: BinaryIO) -> Header | None:
         file.seek(0)
         with any_size(), Image.open(file, formats=_KINDS) as image:
             kind, mode, info, (width, height) = image.format, image.mode, dict(image.info), image.size
-            quality = jpeg_quality(image.quantization[0]) if kind == "JPEG" and image.quantization else None
+            quality = _quality_of(image) if kind in ("JPEG", "MPO") else None  # MPO: a camera's, of several pictures
         fault = None
         exif, gray = info.get("exif"), mode in _GRAY_MODES
         bits, transparent = 8, None
@@ -112,6 +112,13 @@ def read_header(file: BinaryIO) -> Header | None:
         )
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
         return None
+
+
+def _quality_of(image: Image.Image) -> int | None:
+    """Of a JPEG, by the table that its first component, the luma, takes."""
+    layers = getattr(image, "layer", None) or [(1, 1, 1, 0)]
+    table = image.quantization.get(layers[0][3])
+    return jpeg_quality(table) if table and len(table) == len(_LUMA) else None
 
 
 def jpeg_quality(table: Sequence[int]) -> int:

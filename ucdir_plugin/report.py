@@ -49,6 +49,14 @@ def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]
     return _interval(tuple(v for v in values if v is not None))
 
 
+def paired(first: Sequence[float], second: Sequence[float]) -> Optional[dict[str, Any]]:
+    """Differences second - first of one image each: ``mean``, its ``interval``, ``images``; None if none is finite."""
+    pairs = [b - a for a, b in zip(first, second) if np.isfinite([a, b]).all()]
+    if not pairs:
+        return None
+    return {"mean": float(np.mean(pairs)), "interval": interval(pairs), "images": len(pairs)}
+
+
 @functools.lru_cache(maxsize=1024)  # tables of each kind, and the page, ask for the same
 def _interval(values: tuple[float, ...]) -> Optional[tuple[float, float]]:
     measured = np.array(values, dtype=float)

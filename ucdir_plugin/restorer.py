@@ -7,6 +7,8 @@ result.image, result.initial, result.info
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import time
@@ -377,6 +379,7 @@ def load_model(
         "weights": os.path.basename(weights_file),
         "weights_key": key,
         "weights_sha256": weights.sha256_of(weights_file),
+        "options_sha256": _digest([opt["network_g"], opt.get("diffusion"), opt["scale"]]),
         # The overlap from which on patches equal the whole image; None: the network looks at all of it.
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
@@ -384,6 +387,10 @@ def load_model(
     return Restorer(
         net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes, quality
     )
+
+
+def _digest(options: Any) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _blind(

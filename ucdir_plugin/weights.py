@@ -483,18 +483,18 @@ def write_model(
 def jpeg_quality(options: Mapping[str, Any]) -> Optional[tuple[int, int]]:
     """Lowest and highest quality of the JPEGs that an option file trains on; None if on something else."""
     trained = (options.get("datasets") or {}).get("train") or {}
-    if trained.get("type") != "JPEGDataset":
-        return None
-    quality = trained["quality"]
-    low, high = quality if isinstance(quality, (list, tuple)) else (quality, quality)
-    return low, high
+    return _quality_range(trained.get("quality")) if trained.get("type") == "JPEGDataset" else None
 
 
 def jpeg_quality_of(path: str) -> Optional[tuple[int, int]]:
     """:func:`jpeg_quality` of what a model file was trained on."""
-    found = _header(path).get("jpeg_quality")
-    fits = isinstance(found, list) and len(found) == 2 and all(type(q) is int and 1 <= q <= 100 for q in found)
-    return (found[0], found[1]) if fits else None
+    return _quality_range(_header(path).get("jpeg_quality"))
+
+
+def _quality_range(value: Any) -> Optional[tuple[int, int]]:
+    low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, value)
+    fits = type(low) is int and type(high) is int and 1 <= low <= high <= 100
+    return (low, high) if fits else None
 
 
 def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:

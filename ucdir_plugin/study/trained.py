@@ -6,6 +6,7 @@ are kept one by one, and measured again only where what made them has changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,11 +18,12 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from basicsr.data import build_dataset
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from ucdir_plugin import report, restorer
-from ucdir_plugin.errors import UserError, did_you_mean, named
+import ucdir_plugin
+from ucdir_plugin import pipeline, report, restorer
+from ucdir_plugin.errors import UserError, WriteError, did_you_mean, named
 from ucdir_plugin.evaluation import Evaluation
 from ucdir_plugin.figure import progress_figure
 from ucdir_plugin.files import write_atomically
@@ -32,6 +34,9 @@ from ucdir_plugin.validation import sample_key, write_image
 
 INPUT = "input"
 """``model`` of the run that restores nothing."""
+
+
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Run:
         blend: 0 is the initial prediction.
         iteration: of the training, for the curves; runs of one name then differ in it.
     """
+
+    __pydantic_config__ = _STRICT
 
     name: str
     model: str
@@ -72,6 +79,8 @@ class Part:
         sets: only these of the option file's.
     """
 
+    __pydantic_config__ = _STRICT
+
     title: str
     runs: List[Run]
     against: Optional[str] = None
@@ -82,6 +91,8 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """``opt``: the option file of sets and metrics; ``parts``: name -> :class:`Part`."""
+
+    __pydantic_config__ = _STRICT
 
     opt: str
     parts: Dict[str, Part]
@@ -94,20 +105,28 @@ def read_plan(path: str) -> Plan:
     """
     raw = read_yaml_file(path)
     try:
-        plan = TypeAdapter(Plan).validate_python(raw, strict=False, extra="forbid")
+        plan = TypeAdapter(Plan).validate_python(raw)
     except ValidationError as err:
         error = err.errors()[0]
         where = ":".join(str(place) for place in error["loc"])
         raise UserError(f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}") from err
+    if not plan.parts:
+        raise UserError(f"{path}: parts: there are none")
     for name, part in plan.parts.items():
+        here = f"{path}: parts:{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{here}: a name of letters, digits, _ and - is expected")
         labels = [run.label for run in part.runs]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice or not labels:
-            raise UserError(f"{path}: parts:{name}: " + (f"two runs are called {twice}" if twice else "no runs"))
+            raise UserError(f"{here}: " + (f"two runs are called {twice}" if twice else "no runs"))
         if part.against is not None and part.against not in labels:
-            raise UserError(f"{path}: parts:{name}: against: {did_you_mean(part.against, labels)}")
-        if any(min(run.seeds, run.samples) < 1 for run in part.runs) or (part.images or 1) < 1:
-            raise UserError(f"{path}: parts:{name}: seeds, samples and images are 1 or more")
+            raise UserError(f"{here}: against: {did_you_mean(part.against, labels)}")
+        if any(min(run.seeds, run.samples) < 1 for run in part.runs) or (part.images is not None and part.images < 1):
+            raise UserError(f"{here}: seeds, samples and images are 1 or more")
+        idle = next((run for run in part.runs if run.model == INPUT and run != Run(run.name, INPUT)), None)
+        if idle:
+            raise UserError(f"{here}: {idle.name}: the input has a name and nothing else")
     return plan
 
 
@@ -119,16 +138,29 @@ class TestSet:
     dataset: Any
     keys: List[str]
     index: Dict[str, int]
+    paths: Dict[str, List[str]]
 
     def chosen(self, count: Optional[int]) -> List[str]:
         if count is None or count >= len(self.keys):
             return self.keys
         return [self.keys[i * len(self.keys) // count] for i in range(count)]
 
-    def pair(self, key: str) -> Tuple[np.ndarray, np.ndarray]:
-        """Degraded image and truth, (H, W, 3) BGR uint8."""
+    def sample(self, key: str) -> Dict[str, Any]:
+        """``lq`` and ``gt`` (3, H, W) RGB in [0, 1], and what else the dataset says.
+
+        Raises:
+            UserError: without a truth, there is nothing to measure.
+        """
         sample = self.dataset[self.index[key]]
-        return to_uint8(sample["lq"]), to_uint8(sample["gt"])
+        for name in ("lq", "gt"):
+            if name not in sample:
+                raise UserError(f"test set {self.name} has no {name} images: name its dataroot_{name}")
+        return sample
+
+    def state(self, key: str) -> List[Tuple[int, int]]:
+        """Sizes and times of an image's files."""
+        paths = self.paths[key]
+        return [_state(path) for path in paths if os.path.isfile(path)]
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -136,30 +168,35 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
     return (image.numpy().transpose(1, 2, 0)[..., ::-1] * 255).round().astype(np.uint8)
 
 
-def test_sets(opt: Mapping[str, Any], names: Optional[Sequence[str]] = None) -> List[TestSet]:
-    """The test and validation sets of checked options, or those called ``names``.
-
-    Raises:
-        UserError: for an unknown name, or one whose images are not there.
-    """
+def known_sets(opt: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """Name -> options of the test and validation sets of checked options."""
     phases = {phase: phase.split("_")[0] for phase in opt["datasets"]}
-    known = {
+    return {
         data["name"]: {**data, "phase": phases[phase], "scale": opt["scale"]}
         for phase, data in opt["datasets"].items()
         if phases[phase] in ("val", "test")
     }
-    found = []
-    for name in known if names is None else names:
-        if name not in known:
-            raise UserError(f"{opt['name']} has no test set {name}; {did_you_mean(name, known)}")
-        dataset = build_dataset(known[name])
-        keys = [sample_key(_as_batch(dataset[i]), known[name]) for i in range(len(dataset))]
-        found.append(TestSet(name, dataset, keys, {key: i for i, key in enumerate(keys)}))
-    return found
 
 
-def _as_batch(sample: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key: [value] for key, value in sample.items() if isinstance(value, str)}
+def read_set(data: Mapping[str, Any]) -> TestSet:
+    """
+    Raises:
+        UserError: for missing images, or two that differ in their extension only.
+    """
+    dataset, name = build_dataset(dict(data)), data["name"]
+    texts = [{k: [v] for k, v in dataset[i].items() if isinstance(v, str)} for i in range(len(dataset))]
+    keys = [sample_key(text, data) for text in texts]
+    stems = [os.path.splitext(key)[0] for key in keys]
+    twice = next((key for key, stem in zip(keys, stems) if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UserError(f"test set {name}: {twice} differs from another image in its extension only: rename one")
+    paths = [[text[k][0] for k in ("lq_path", "gt_path") if k in text] for text in texts]
+    return TestSet(name, dataset, keys, {key: i for i, key in enumerate(keys)}, dict(zip(keys, paths)))
+
+
+def _state(path: str) -> Tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 class Images:
@@ -168,9 +205,8 @@ class Images:
     def __init__(self, output: str, images: TestSet, run: Run, seed: int, model: Any):
         self.set, self.run, self.seed, self.model = images, run, seed, model
         told = {} if model is None else model.record_settings(seed, run.samples, run.blend)
-        told = json.dumps(
-            [told, {k: v for k, v in images.dataset.opt.items() if k != "name"}], sort_keys=True, default=str
-        )
+        data = {k: v for k, v in images.dataset.opt.items() if k != "name"}
+        told = json.dumps([told, run.samples, run.blend, data, ucdir_plugin.__version__], sort_keys=True, default=str)
         self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9]+", "_", run.label).strip("_")
         self.folder = os.path.join(output, images.name, f"{name}_{self.digest}" if model else INPUT)
@@ -186,30 +222,39 @@ class Images:
                 found = json.load(file)
         except (OSError, ValueError):
             return {}
-        fits = os.path.isfile(self.file(key)) and isinstance(found, dict) and found.get("made") == self.digest
+        files = [self.file(key), *([self.truth(key)] if self.model is None else [])]
+        fits = all(map(os.path.isfile, files)) and isinstance(found, dict) and found.get("made") == self._made(key)
         return found if fits else {}
+
+    def _made(self, key: str) -> List[Any]:
+        """What an image was made of."""
+        return json.loads(json.dumps([self.digest, self.set.state(key)]))
 
     def make(self, key: str) -> bool:
         """Restore an image; whether it was not there."""
         if self.about(key):
             return False
-        lq, truth = self.set.pair(key)
+        sample = self.set.sample(key)
         if self.model is None:
-            image, about = lq, {"seconds": 0.0, "nfe": 0}
-            write_image(truth, self.truth(key))
+            image, about = to_uint8(sample["lq"]), {"seconds": 0.0, "nfe": 0}
+            write_image(to_uint8(sample["gt"]), self.truth(key))
         else:
+            told = {c.name: sample.get("condition", {}).get(c.name) for c in getattr(self.model, "conditions", ())}
             done = restorer.restore(
-                np.ascontiguousarray(lq[..., ::-1]),
+                np.ascontiguousarray(sample["lq"].numpy().transpose(1, 2, 0)),
                 self.model,
                 seed=self.seed,
                 samples=self.run.samples,
                 blend=self.run.blend,
+                condition={name: value for name, value in told.items() if value is not None},
                 key=key,
             )
+            if not np.isfinite(done.image).all():
+                raise UserError("the result holds NaN or infinite values: the weights are damaged")
             image = (done.image[..., ::-1] * 255).round().astype(np.uint8)
             about = {name: done.info[name] for name in ("seconds", "nfe")}
         write_image(image, self.file(key))
-        about.update(threads=torch.get_num_threads(), made=self.digest)
+        about.update(threads=torch.get_num_threads(), made=self._made(key))
         write_atomically(json.dumps(about).encode(), f"{os.path.splitext(self.file(key))[0]}.json")
         return True
 
@@ -221,7 +266,7 @@ class Images:
         stamp = [evaluation.protocols, [(key, *_state(self.file(key)), *_state(self.truth(key))) for key in keys]]
         digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()
         path = os.path.join(self.folder, f"metrics_{len(keys)}.json")
-        if os.path.isfile(path):
+        with contextlib.suppress(UserError):  # not there yet, or damaged: it is measured again
             results, about = report.read_results(path)
             if about.get("fingerprint") == digest:
                 return results, about
@@ -230,7 +275,7 @@ class Images:
             files = {"restored": self.file(key), "truth": self.truth(key)}
             files["input"] = os.path.join(source, os.path.relpath(self.file(key), self.folder))
             files = {kind: os.path.relpath(file, self.folder) for kind, file in files.items()}
-            evaluation.add(key, {"restored": read_uint8(self.file(key))}, read_uint8(self.truth(key)), None, files)
+            evaluation.add(key, {"restored": _read(self.file(key))}, _read(self.truth(key)), None, files)
         results = evaluation.results()
         of_images = [self.about(key) for key in keys]
         about = {
@@ -248,9 +293,11 @@ class Images:
         return results, about
 
 
-def _state(path: str) -> Tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+def _read(path: str) -> np.ndarray:
+    try:
+        return read_uint8(path)
+    except UserError as err:
+        raise UserError(f"{path} is damaged: delete it, and it is made again") from err
 
 
 @dataclasses.dataclass
@@ -269,7 +316,9 @@ class Measured:
     def deviation(self, metric: str) -> Optional[float]:
         """Between seeds."""
         values = [r.summary().get("restored", {}).get(metric) for r in self.results]
-        return statistics.stdev(values) if len(values) > 1 and None not in values else None
+        return (
+            statistics.stdev(values) if len(values) > 1 and None not in values and np.isfinite(values).all() else None
+        )
 
     def of_images(self, metric: str) -> Dict[str, float]:
         """Image -> mean over the seeds, where each measured it."""
@@ -285,8 +334,8 @@ def difference(one: Measured, other: Measured, metric: str) -> Optional[Tuple[fl
     a, b = one.of_images(metric), other.of_images(metric)
     shared = sorted(a.keys() & b.keys())
     if shared:
-        pairs = [a[key] - b[key] for key in shared]
-        return statistics.fmean(pairs), report.interval(pairs)
+        found = report.paired([b[key] for key in shared], [a[key] for key in shared])
+        return found and (found["mean"], found["interval"])
     a, b = one.mean(metric), other.mean(metric)
     return None if a is None or b is None else (a - b, None)
 
@@ -294,19 +343,24 @@ def difference(one: Measured, other: Measured, metric: str) -> Optional[Tuple[fl
 TITLES = {**COLUMNS, "fid": ("FID", 2), "kid": ("KID", 3)}
 
 
-def _heading(metric: str, results: report.Results) -> str:
-    return report.heading(TITLES.get(metric, (metric, 3))[0], results.protocols[metric])
+def _columns(measured: Sequence[Measured]) -> Dict[str, str]:
+    """Metric -> heading, of all that any run has a value of."""
+    stamps: Dict[str, Any] = {}
+    for item in measured:
+        stamps.update({n: item.results[0].protocols.get(n) for n in item.results[0].metrics()})
+    names = [
+        n for n in sorted(stamps, key=lambda n: report.place(stamps[n])) if any(m.mean(n) is not None for m in measured)
+    ]
+    return {n: report.heading(TITLES.get(n, (n, 3))[0], stamps[n]) for n in names}
 
 
 def means_table(measured: Sequence[Measured]) -> List[str]:
     """Markdown: a row each run, means over images and seeds, ± the deviation between seeds; SE: of KID, over images."""
-    first = measured[0].results[0]
-    names = [n for n in first.metrics() if any(m.mean(n) is not None for m in measured)]
-    heads = [_heading(n, first) for n in names]
+    columns = _columns(measured)
     rows = []
     for item in measured:
         cells = []
-        for name in names:
+        for name in columns:
             value, deviation, digits = item.mean(name), item.deviation(name), TITLES.get(name, ("", 3))[1]
             text = "-" if value is None else f"{value:.{digits}f}"
             error = item.results[0].sets.get("restored", {}).get(name, {}).get("standard_error")
@@ -317,20 +371,19 @@ def means_table(measured: Sequence[Measured]) -> List[str]:
             cells.append(text)
         seconds, nfe = (statistics.fmean(a[k] for a in item.about) for k in ("seconds", "nfe"))
         rows.append([report.escaped(item.run.label), *cells, f"{seconds:.2f}", f"{nfe:.0f}"])
-    return report.markdown_rows(["system", *heads, "s / image", "NFE"], rows)
+    return report.markdown_rows(["system", *columns.values(), "s / image", "NFE"], rows)
 
 
 def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
     """Markdown: relative differences from one run (PSNR: in dB), with 95% intervals over images."""
     base = next(m for m in measured if m.run.label == against)
-    first = measured[0].results[0]
-    names = [n for n in first.metrics() if base.mean(n) is not None]
+    columns = {name: title for name, title in _columns(measured).items() if base.mean(name) is not None}
     rows = []
     for item in measured:
         if item is base:
             continue
         cells = []
-        for name in names:
+        for name in columns:
             found = difference(item, base, name)
             if found is None or not base.mean(name):
                 cells.append("-")
@@ -343,8 +396,7 @@ def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
                 text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
             cells.append(text)
         rows.append([report.escaped(item.run.label), *cells])
-    heads = [_heading(n, first) for n in names]
-    return report.markdown_rows([f"minus {report.escaped(against)}", *heads], rows)
+    return report.markdown_rows([f"minus {report.escaped(against)}", *columns.values()], rows)
 
 
 def study(
@@ -370,32 +422,53 @@ def study(
         if name not in plan.parts:
             raise UserError(f"there is no part {name!r}; {did_you_mean(name, plan.parts)}")
     opt = load_options(plan.opt, is_train=False)
+    chosen = {name: part for name, part in plan.parts.items() if parts is None or name in parts}
+    known = known_sets(opt)
+    for name in (*(sets or ()), *(name for part in chosen.values() for name in part.sets or ())):
+        if name not in known:
+            raise UserError(f"{plan.opt} has no test set {name}; {did_you_mean(name, known)}")
+    wanted = {p: [n for n in part.sets or known if sets is None or n in sets] for p, part in chosen.items()}
+    if not any(wanted.values()):
+        raise UserError(f"no part has a test set{' of ' + ', '.join(sets) if sets else f': {plan.opt} has none'}")
+    for part in chosen.values():  # what is missing is said before hours of work
+        for run in part.runs:
+            _load(run, device)
+    loaded = {name: read_set(known[name]) for name in dict.fromkeys(n for names in wanted.values() for n in names)}
     evaluation = Evaluation(opt["val"].get("metrics") or {}, opt["val"].get("weights_dir"))
     text = [f"# Tables of tools/study_ucdir.py ({os.path.basename(plan.opt)})"]
-    loaded: Dict[str, TestSet] = {}
-    for part_name, part in plan.parts.items():
-        if parts is not None and part_name not in parts:
-            continue
-        wanted = [s for s in part.sets or () if sets is None or s in sets] if part.sets else sets
-        missing = None if wanted is None else [name for name in wanted if name not in loaded]
-        if wanted is None or missing:
-            loaded.update((s.name, s) for s in test_sets(opt, missing))
-        text.append(f"## {part.title}")
-        for images in [loaded[name] for name in (loaded if wanted is None else wanted)]:
+    mark = "_".join([*(parts or ()), *(sets or ())])
+    path = os.path.join(output, f"study_{mark}.md" if mark else "study.md")
+    for part_name, part in chosen.items():
+        text += [f"## {part.title}"] if wanted[part_name] else []
+        for images in [loaded[name] for name in wanted[part_name]]:
             keys = images.chosen(part.images)
             measured = [_measured(run, images, keys, output, evaluation, device, say) for run in part.runs]
-            against = part.against or part.runs[0].label
             text += [f"### {images.name}: {len(keys)} images", "\n".join(means_table(measured))]
             curves = _curves(measured)
             if len(measured) > 1 and not curves:
-                text.append("\n".join(differences_table(measured, against)))
+                text.append("\n".join(differences_table(measured, part.against or part.runs[0].label)))
             if curves:
-                path = os.path.join(output, f"{part_name}_{images.name}.png")
-                write_atomically(progress_figure(curves), path)
-                say(f"curves: {path}")
-    path = os.path.join(output, f"study{'' if parts is None else '_' + '_'.join(parts)}.md")
-    report.write_text("\n\n".join(text) + "\n", path)
+                picture = os.path.join(output, f"{part_name}_{images.name}.png")
+                write_atomically(progress_figure(curves), picture)
+                say(f"curves: {picture}")
+            every = [line for item in measured for results in item.results for line in report.remarks(results)]
+            text += dict.fromkeys(every)
+        report.write_text("\n\n".join(text) + "\n", path)  # what there is so far
+    unavailable = [f"- {name}: not available: {reason}" for name, reason in evaluation.unavailable.items()]
+    report.write_text("\n\n".join([*text, *unavailable]) + "\n", path)
     return path
+
+
+def _load(run: Run, device: str) -> Any:
+    """
+    Raises:
+        UserError: if it is not there, or cannot be used so.
+    """
+    if run.model == INPUT:
+        return None
+    model = restorer.load_model(run.model, run.weights, device=device, sampling=dict(run.sampling))
+    model.check(run.samples, run.blend)
+    return model
 
 
 def _measured(
@@ -412,17 +485,17 @@ def _measured(
     for key in keys:
         original.make(key)
     found = Measured(run, [], [])
-    model = None
-    if run.model != INPUT:
-        model = restorer.load_model(run.model, run.weights, device=device, sampling=run.sampling)
+    model = _load(run, device)
     for seed in range(run.seeds):
         made = Images(output, images, run, seed, model)
         fresh = 0
         for key in tqdm(keys, desc=f"{images.name}: {run.label}", unit="image", disable=None, leave=False):
             try:
                 fresh += made.make(key)
-            except UserError as err:
-                raise UserError(f"{images.name}: {named(key, str(err))}") from err
+            except WriteError:
+                raise
+            except (UserError, RuntimeError, MemoryError, ValueError) as err:
+                raise UserError(f"{images.name}: {named(key, pipeline.reason(err))}") from err
         results, about = made.measured(keys, evaluation.empty())
         found.results.append(results)
         found.about.append(about)
