@@ -316,7 +316,7 @@ def restore_files(
         for results in every:
             results.remove_unfinished()
         bar.bar.close()
-    failed.update((results.job.key, reason(results.fault)) for results in every if results.fault is not None)
+    failed.update((results.job.key, reason_of(results.fault)) for results in every if results.fault is not None)
     if skipped:
         note = f", {otherwise} of them with other settings" if otherwise else ""
         bar.say(f"{len(skipped)} finished before{note}: kept (--overwrite restores again)")
@@ -429,7 +429,7 @@ def _check_memory(model: Model, size: Tuple[int, int], samples: int) -> None:
         )
 
 
-def reason(err: Exception) -> str:
+def reason_of(err: Exception) -> str:
     """Why an image could not be restored, in one line."""
     if isinstance(err, UserError):
         return str(err)

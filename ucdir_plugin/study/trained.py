@@ -495,7 +495,7 @@ def _measured(
             except WriteError:
                 raise
             except (UserError, RuntimeError, MemoryError, ValueError) as err:
-                raise UserError(f"{images.name}: {named(key, pipeline.reason(err))}") from err
+                raise UserError(f"{images.name}: {named(key, pipeline.reason_of(err))}") from err
         results, about = made.measured(keys, evaluation.empty())
         found.results.append(results)
         found.about.append(about)
