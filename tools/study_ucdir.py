@@ -1,7 +1,7 @@
 """Restore and measure what a plan lists: trained systems on the same test images, in tables. Stopped, it goes on.
 
-python tools/study_ucdir.py options/study/jpeg.yaml -o study/                      all parts
-python tools/study_ucdir.py options/study/jpeg.yaml -o study/ --parts main         one of them
+python tools/study_ucdir.py options/study/jpeg.yaml -o study/ --parts main grid    with the package's weights
+python tools/study_ucdir.py options/study/jpeg.yaml -o study/       all parts: also those that need what you trained
 python tools/compare.py study/SET/RUN/metrics_68.json study/SET/OTHER/metrics_68.json    worst, median and best image
 
 Restored images lie in study/SET/RUN/, tables in study/study.md; runs of several iterations give curves besides.

@@ -34,7 +34,7 @@ class UCDIRTask(DiffusionTask):
         sampling.check_tiles(net, self.sampling)
         self.declared, self.has_predictor = net.conditions, net.predictor is not None
         if self.device.type == "cpu":
-            net = net.to(memory_format=torch.channels_last)  # a fifth faster
+            net = net.to(memory_format=torch.channels_last)  # the layers would convert else, step by step
         return net
 
     def load_first(self, net: nn.Module, load: Any) -> None:
