@@ -430,9 +430,12 @@ def study(
     wanted = {p: [n for n in part.sets or known if sets is None or n in sets] for p, part in chosen.items()}
     if not any(wanted.values()):
         raise UserError(f"no part has a test set{' of ' + ', '.join(sets) if sets else f': {plan.opt} has none'}")
-    for part in chosen.values():  # what is missing is said before hours of work
+    for part_name, part in chosen.items():  # what is missing is said before hours of work
         for run in part.runs:
-            _load(run, device)
+            try:
+                _load(run, device)
+            except UserError as err:
+                raise UserError(f"parts:{part_name}: {run.label}: {err}") from err
     loaded = {name: read_set(known[name]) for name in dict.fromkeys(n for names in wanted.values() for n in names)}
     evaluation = Evaluation(opt["val"].get("metrics") or {}, opt["val"].get("weights_dir"))
     text = [f"# Tables of tools/study_ucdir.py ({os.path.basename(plan.opt)})"]
