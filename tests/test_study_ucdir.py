@@ -244,7 +244,10 @@ def test_curves(here):
             {"parts": {"main": {"title": "t", "sets": ["photo"], "runs": [{"name": "a", "model": "input"}]}}},
             "did you mean 'photos'",
         ),
-        ({"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "smal"}]}}}, "parts:main: a: smal is neither"),
+        (
+            {"parts": {"main": {"title": "t", "runs": [{"name": "a", "model": "smal"}]}}},
+            "parts:main: a: smal is neither",
+        ),
     ],
 )
 def test_faults_of_a_plan(here, change, words):
