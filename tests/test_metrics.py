@@ -305,6 +305,41 @@ def test_kids_standard_error_is_the_jackknife_written_out(sets):
     assert distances.kernel_distance_error(x[:3], y[:3], np.array([0, 0, 1])) is None  # one patch would be left
 
 
+@pytest.mark.parametrize("kind, whole", [("fid", distances.frechet_distance), ("kid", distances.kernel_distance)])
+def test_without_each_is_the_distance_of_the_others(sets, kind, whole):
+    x, y = (s[:30].astype(float) for s in sets)
+    cuts = [slice(0, 7), slice(7, 7), slice(7, 12), slice(12, 30)]  # the second image has no patch
+    found = distances.without_each(kind, [(x[c], y[c]) for c in cuts])
+    left = [np.r_[7:30], None, np.r_[0:7, 12:30], np.r_[0:12]]
+    assert found[1] is None
+    assert [found[i] for i in (0, 2, 3)] == pytest.approx([whole(x[left[i]], y[left[i]]) for i in (0, 2, 3)])
+    assert distances.without_each(kind, [(x[:3], y[:3]), (x[3:4], y[3:4])])[0] is None  # one patch would be left
+    assert distances.without_each(kind, [(x[:0], y[:0])]) == [None]
+    if kind == "kid":
+        groups = np.repeat([0, 1, 2], [7, 5, 18])
+        error = distances.jackknife_error([found[i] for i in (0, 2, 3)])
+        assert error == pytest.approx(distances.kernel_distance_error(x, y, groups))
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=9)
+    without = [np.delete(values, i).mean() for i in range(9)]
+    assert distances.jackknife_error(without) == pytest.approx(values.std(ddof=1) / 3)
+
+
+def test_jackknife_of_two_systems_fid_is_the_spread_of_their_difference():
+    """Over 100 draws of 30 images of 3 like patches each: rather too large than too small."""
+    draw = np.random.default_rng(2)
+    values, errors = [], []
+    for _ in range(100):
+        truth = np.repeat(draw.normal(size=(30, 60)), 3, 0) + 0.5 * draw.normal(size=(90, 60))
+        systems = [0.8 * truth + shift + 0.3 * draw.normal(size=truth.shape) for shift in (0.1, 0.2)]
+        pairs = [[(s[i : i + 3], truth[i : i + 3]) for i in range(0, 90, 3)] for s in systems]
+        values.append(np.diff([distances.frechet_distance(s, truth) for s in systems])[0])
+        errors.append(distances.jackknife_error(np.diff([distances.without_each("fid", p) for p in pairs], axis=0)[0]))
+    assert 0.9 < np.mean(errors) / np.std(values) < 1.35
+
+
 def test_kids_standard_error_is_the_spread_of_kid():
     """Over 300 draws of 40 images of 3 like patches each."""
     draw = np.random.default_rng(5)

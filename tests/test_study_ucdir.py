@@ -184,8 +184,8 @@ def test_faults_of_the_images(here):
         run()
 
 
-def measured(name, *seeds):
-    """A run of which each seed gives image -> PSNR."""
+def measured(name, *seeds, without=None):
+    """A run of which each seed gives image -> PSNR, and FID without each image."""
     results = [
         report.Results(
             [{"image": key, "metrics": {"restored": {"psnr": value}}} for key, value in seed.items()],
@@ -193,7 +193,11 @@ def measured(name, *seeds):
                 "psnr": {"name": "PSNR", "type": "calculate_psnr", "better": "higher"},
                 "fid": {"name": "FID", "type": "calculate_fid", "better": "lower"},
             },
-            {"restored": {"fid": {"value": 10.0 * (i + 1), "warnings": []}}},
+            {
+                "restored": {
+                    "fid": {"value": 10.0 * (i + 1), "warnings": [], **({"without": without} if without else {})}
+                }
+            },
         )
         for i, seed in enumerate(seeds)
     ]
@@ -215,6 +219,20 @@ def test_means_and_paired_differences():
     assert same.deviation("psnr") is None and trained.difference(same, one, "psnr") is None
     lower = measured("lower", {"a": 0.5, "z": 9.0})
     assert trained.difference(lower, one, "psnr")[0] == -1.5  # of the images that both have
+
+
+def test_paired_differences_of_sets():
+    """Of the FIDs without each image by hand: the one's minus the other's are 1, 2, 3, 4, 5, so sqrt(4 / 5 * 10)."""
+    psnr = dict.fromkeys("abcde", 1.0)
+    one = measured("one", psnr, psnr, without=dict(zip("abcde", (3.0, 5.0, 7.0, 9.0, 11.0))))
+    other = measured("other", psnr, without=dict(zip("abcde", (2.0, 3.0, 4.0, 5.0, 6.0))))
+    mean, (low, high) = trained.difference(one, other, "fid")
+    assert mean == 5.0  # of the whole sets
+    reach = 2.7764 * 8**0.5  # Student's t of 4 degrees of freedom
+    assert (low, high) == pytest.approx((5 - reach, 5 + reach), abs=1e-3)
+    assert f"+50.0 % [{10 * low:+.1f}, {10 * high:+.1f}]" in "\n".join(trained.differences_table([other, one], "other"))
+    for lacking in (None, {**dict.fromkeys("abcd", 1.0), "e": None}, dict.fromkeys("abcdf", 1.0)):
+        assert trained.difference(one, measured("another", psnr, without=lacking), "fid") == (5.0, None)
 
 
 def test_curves(here):

@@ -75,13 +75,18 @@ class Evaluation:
             warning that says what to do; the others are measured.
         weights_dir: where weights are looked for first (``val: weights_dir``).
         download: get weights that are not there.
+        without_each: also FID and KID of all images but one, for each (``without``: image -> value), so that systems
+            can be compared in pairs.
 
     Attributes:
         protocols: name -> stamp (:mod:`ucdir_plugin.metrics.protocol`) of what is measured.
         unavailable: name -> why not, and what to do.
     """
 
-    def __init__(self, metrics: Metrics, weights_dir: Optional[str] = None, download: bool = False):
+    def __init__(
+        self, metrics: Metrics, weights_dir: Optional[str] = None, download: bool = False, without_each: bool = False
+    ):
+        self.without_each = without_each
         self.protocols: dict[str, dict] = {}
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, dict] = {}
@@ -187,8 +192,11 @@ class Evaluation:
         for name, cfg in self._metrics.items():
             if cfg["type"] in distances.SETS:
                 for stage, images in self._features.get(_source(cfg), {}).items():
-                    pairs = [images[key] for key in sorted(images)]
-                    sets.setdefault(stage, {})[name] = distances.summary(distances.SETS[cfg["type"]], pairs)
+                    kind, keys = distances.SETS[cfg["type"]], sorted(images)
+                    pairs = [images[key] for key in keys]
+                    found = sets.setdefault(stage, {})[name] = distances.summary(kind, pairs)
+                    if self.without_each:
+                        found["without"] = dict(zip(keys, distances.without_each(kind, pairs)))
         failed = {key: self._failed[key] for key in sorted(self._failed)}
         return report.Results(rows, self.protocols, sets, self.unavailable, failed)
 

@@ -18,6 +18,7 @@ from scipy.stats import bootstrap, norm, t
 from ucdir_plugin.errors import UserError, named
 from ucdir_plugin.files import write_atomically
 from ucdir_plugin.metrics import protocol
+from ucdir_plugin.metrics.distances import jackknife_error
 
 Row = dict[str, Any]
 """{"image": key, "metrics": {stage: {metric: value or None}}, "files": {stage or truth: path}}; stages are input,
@@ -55,6 +56,27 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Optional[dict[str
     if not pairs:
         return None
     return {"mean": float(np.mean(pairs)), "interval": interval(pairs), "images": len(pairs)}
+
+
+def paired_sets(
+    values: Sequence[float], first: Mapping[str, Optional[float]], second: Mapping[str, Optional[float]]
+) -> dict[str, Any]:
+    """:func:`paired` of what a set of images has one value of (FID, KID), by the jackknife over images.
+
+    Args:
+        values: of the whole set, in ``first`` and ``second``.
+        first, second: image -> value of the set without it.
+
+    Returns:
+        ``mean``: the difference second - first; its ``interval`` (Student's t), None for fewer than
+        :data:`ENOUGH_IMAGES` images or where a value is not known; ``images``.
+    """
+    whole = values[1] - values[0]
+    if first.keys() != second.keys() or None in (*first.values(), *second.values()) or len(first) < ENOUGH_IMAGES:
+        return {"mean": whole, "interval": None, "images": len(first)}
+    error = jackknife_error([second[key] - first[key] for key in first])
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, len(first) - 1)) * error
+    return {"mean": whole, "interval": (whole - reach, whole + reach), "images": len(first)}
 
 
 @functools.lru_cache(maxsize=1024)  # tables of each kind, and the page, ask for the same

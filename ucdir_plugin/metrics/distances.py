@@ -130,9 +130,40 @@ def kernel_distance_error(features: np.ndarray, features2: np.ndarray, groups: n
     if len(features) < 3:
         return None
     _, rest = _jackknife_sums(*(np.asarray(f, dtype=np.float64) for f in (features, features2)), groups)
-    if not np.isfinite(rest).all():
-        return None
-    return float(np.sqrt((len(rest) - 1) / len(rest) * ((rest - rest.mean()) ** 2).sum()))
+    return jackknife_error(rest) if np.isfinite(rest).all() else None
+
+
+def jackknife_error(without: np.ndarray) -> float:
+    """Standard error of a statistic from its values without each of n parts: sqrt((n - 1) / n sum (value - mean)^2)."""
+    without = np.asarray(without, dtype=np.float64)
+    return float(np.sqrt((len(without) - 1) / len(without) * ((without - without.mean()) ** 2).sum()))
+
+
+def without_each(kind: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Optional[float]]:
+    """FID or KID of all images but one, for each: what :func:`jackknife_error` of it, or of a difference, is made of.
+
+    FID takes a decomposition for each image: seconds for hundreds of patches, long for many thousands.
+
+    Args:
+        kind, pairs: as of :func:`summary`.
+
+    Returns:
+        one value an image; None for an image without patches, or without which fewer than two are left.
+    """
+    used = [number for number, (a, _) in enumerate(pairs) if len(a)]
+    result: list[Optional[float]] = [None] * len(pairs)
+    if not used:
+        return result
+    sets = [np.concatenate(part) for part in zip(*(pairs[number] for number in used))]
+    groups = np.repeat(np.arange(len(used)), [len(pairs[number][0]) for number in used])
+    if kind == "kid":
+        found = _jackknife_sums(*(part.astype(np.float64) for part in sets), groups)[1]
+    else:
+        rest = [groups != group for group in range(len(used))]
+        found = [frechet_distance(*(part[keep] for part in sets)) if keep.sum() > 1 else np.nan for keep in rest]
+    for number, value in zip(used, found):
+        result[number] = float(value) if np.isfinite(value) else None
+    return result
 
 
 def cut(image: np.ndarray, patch_size: int, crop_border: int = 0) -> np.ndarray:

@@ -263,7 +263,8 @@ class Images:
 
     def measured(self, keys: Sequence[str], evaluation: Evaluation) -> Tuple[report.Results, Dict[str, Any]]:
         """By an empty evaluation, or what was measured before on the same files."""
-        stamp = [evaluation.protocols, [(key, *_state(self.file(key)), *_state(self.truth(key))) for key in keys]]
+        files = [(key, *_state(self.file(key)), *_state(self.truth(key))) for key in keys]
+        stamp = [evaluation.protocols, evaluation.without_each, files]
         digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()
         path = os.path.join(self.folder, f"metrics_{len(keys)}.json")
         with contextlib.suppress(UserError):  # not there yet, or damaged: it is measured again
@@ -328,16 +329,25 @@ class Measured:
                 rows.setdefault(row["image"], []).append(row["metrics"].get("restored", {}).get(metric))
         return {key: statistics.fmean(values) for key, values in rows.items() if None not in values}
 
+    def without(self, metric: str) -> Dict[str, Optional[float]]:
+        """Image -> mean over the seeds of the metric of all other images; for metrics of sets."""
+        found = [r.sets.get("restored", {}).get(metric, {}).get("without", {}) for r in self.results]
+        columns = {key: [values.get(key) for values in found] for key in found[0]}
+        return {key: None if None in values else statistics.fmean(values) for key, values in columns.items()}
+
 
 def difference(one: Measured, other: Measured, metric: str) -> Optional[Tuple[float, Optional[Tuple[float, float]]]]:
-    """Mean of ``one`` minus ``other`` over the images that both have, and its 95% interval (None: no single images)."""
+    """Mean of ``one`` minus ``other`` over the images that both have, and its 95% interval where there is one."""
     a, b = one.of_images(metric), other.of_images(metric)
     shared = sorted(a.keys() & b.keys())
     if shared:
         found = report.paired([b[key] for key in shared], [a[key] for key in shared])
         return found and (found["mean"], found["interval"])
-    a, b = one.mean(metric), other.mean(metric)
-    return None if a is None or b is None else (a - b, None)
+    values = other.mean(metric), one.mean(metric)
+    if None in values:
+        return None
+    found = report.paired_sets(values, other.without(metric), one.without(metric))
+    return found["mean"], found["interval"]
 
 
 TITLES = {**COLUMNS, "fid": ("FID", 2), "kid": ("KID", 3)}
@@ -437,7 +447,7 @@ def study(
             except UserError as err:
                 raise UserError(f"parts:{part_name}: {run.label}: {err}") from err
     loaded = {name: read_set(known[name]) for name in dict.fromkeys(n for names in wanted.values() for n in names)}
-    evaluation = Evaluation(opt["val"].get("metrics") or {}, opt["val"].get("weights_dir"))
+    evaluation = Evaluation(opt["val"].get("metrics") or {}, opt["val"].get("weights_dir"), without_each=True)
     text = [f"# Tables of tools/study_ucdir.py ({os.path.basename(plan.opt)})"]
     mark = "_".join([*(parts or ()), *(sets or ())])
     path = os.path.join(output, f"study_{mark}.md" if mark else "study.md")
