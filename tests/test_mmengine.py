@@ -231,6 +231,15 @@ def test_resume_is_exact_and_passes_over_what_is_torn(workplace, number):
         assert read_checkpoint(str(file))["optimizer"]["param_groups"][0]["lr"] == 5e-4
     if number == signal.SIGTERM:
         return
+    changed = f"train:scheduler={{type: MultiStepLR, milestones: [{newest + 2}], gamma: 0.1}}"
+    done = workplace.run(
+        "train.py", "-opt", path, "--auto_resume", "--force_yml", f"train:total_iter={newest + 3}", changed
+    )
+    assert "learning rates go on as the options say: other milestones, gamma" in done.stdout + done.stderr
+    newest += 1
+    assert read_checkpoint(str(run / f"iter_{newest + 2}.pth"))["optimizer"]["param_groups"][0]["lr"] == pytest.approx(
+        5e-5
+    )
     for changes, words in (("network_g:denoiser:inner_channel=16", "other shapes"), ("train:optim_g:type=SGD", "SGD")):
         force = ("--force_yml", f"train:total_iter={newest + 3}", changes)
         assert_one_line_error(workplace.run("train.py", "-opt", path, "--auto_resume", *force), words)

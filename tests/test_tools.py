@@ -15,6 +15,7 @@ from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_checkpoint import Hostile
 
 from ucdir_plugin.options import check_options
+from ucdir_plugin.weights import read_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -147,6 +148,21 @@ def test_changes_between_resumed_runs(workplace):
     assert done.returncode == 0, done.stderr
     mean = json.loads((workplace.folder / "experiments" / "tiny" / "metrics_val.json").read_text())["mean"]
     assert set(mean["restored"]) == {"psnr", "niqe", "ssim"}
+
+
+def test_resumed_rates_follow_the_options(workplace):
+    """A milestone that the first run did not have; none where the options say the same."""
+    path = workplace.write(merged(TINY, {"datasets": {"val": None}}))
+    assert workplace.run("train.py", "-opt", path, "--force_yml", "train:total_iter=2").returncode == 0
+    changed = "train:scheduler={type: MultiStepLR, milestones: [2], gamma: 0.5}"
+    done = workplace.run("train.py", "-opt", path, "--auto_resume", "--force_yml", "train:total_iter=4", changed)
+    assert done.returncode == 0, done.stderr
+    assert "learning rates go on as the options say: other milestones" in done.stdout + done.stderr
+    state = read_checkpoint(str(workplace.folder / "experiments/tiny/training_states/4.state"))
+    group = state["optimizers"][0]["param_groups"][0]
+    assert group["lr"] == 0.5 * group["initial_lr"]
+    done = workplace.run("train.py", "-opt", path, "--auto_resume", "--force_yml", "train:total_iter=5", changed)
+    assert done.returncode == 0 and "learning rates" not in done.stdout + done.stderr
 
 
 def test_a_validation_lost_by_a_stop_is_made_up(workplace):

@@ -80,6 +80,25 @@ def check_optimizers(state: dict, optimizers: list[torch.optim.Optimizer]) -> No
         raise UserError(f"the training state is of optimizer {', '.join(saved)}, the options ask for {', '.join(own)}")
 
 
+_PROGRESS = {"optimizer", "base_lrs", "last_epoch"}
+
+
+def schedule_of_options(saved: list[dict], schedulers: list) -> tuple[list[dict], list[str]]:
+    """Saved states of schedulers, with the schedule (milestones, periods ...) that the options gave ``schedulers``.
+
+    Upstream, and MMEngine, go on with the saved schedule and say nothing where the options have been changed.
+
+    Returns:
+        the states to load, and the names of what the options have changed.
+    """
+    states, changed = [], []
+    for state, scheduler in zip(saved, schedulers):
+        own = {k: v for k, v in vars(scheduler).items() if not k.startswith("_") and k not in _PROGRESS}
+        changed += [key for key, value in own.items() if state.get(key) != value]
+        states.append({**state, **own})
+    return states + list(saved[len(states) :]), list(dict.fromkeys(changed))
+
+
 def _network_files(opt: dict, iteration: int) -> dict[str, str]:
     ignored = opt["path"].get("ignore_resume_networks") or ()
     labels = [key for key in opt if key.startswith("network_") and key not in ignored]

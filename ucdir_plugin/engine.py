@@ -34,7 +34,7 @@ from basicsr.utils.options import dict2str
 
 import ucdir_plugin
 from ucdir_plugin import compat, memory, report, report_html
-from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers
+from ucdir_plugin.checkpoint import check_optimizers, find_resume_state, remove_leftovers, schedule_of_options
 from ucdir_plugin.data.loader import PATIENCE, EndlessSampler, close, seed_cpu, training_loader
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.errors import Stopped, UserError, WriteError, free_space
@@ -393,6 +393,7 @@ def train(args: argparse.Namespace) -> int:
     model = build("model", build_model, opt)
     if resume:
         check_optimizers(resume, model.optimizers)
+        resume["schedulers"], rescheduled = schedule_of_options(resume["schedulers"], model.schedulers)
         build("resuming", model.resume_training, resume)
         model.best_metric_results = resume.get("best_metric_results", {})
     if opt["dist"]:
@@ -407,6 +408,8 @@ def train(args: argparse.Namespace) -> int:
         head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
         report.write_text(head + text, os.path.join(root, os.path.basename(args.opt)))
     logger = start_log(opt, "train")
+    if resume and rescheduled:
+        logger.info(f"learning rates go on as the options say: other {', '.join(rescheduled)} than before")
     logger.info(f"weights: {opt['path'].get('pretrain_network_g') or 'random'}")
     if hasattr(model, "net_g"):
         model.print_network(model.net_g)

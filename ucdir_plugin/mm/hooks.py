@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
 from ucdir_plugin import compat, report
+from ucdir_plugin.checkpoint import schedule_of_options
 from ucdir_plugin.registry import HOOKS
 from ucdir_plugin.training import LossSums, build_schedulers, update_average
 
@@ -54,7 +55,10 @@ class LearningRateHook(Hook):
         resumed = [group["lr"] for group in groups]
         self._schedulers = build_schedulers(self.scheduler, self._optimizers)
         if self._saved is not None:
-            for scheduler, state in zip(self._schedulers, self._saved):
+            states, changed = schedule_of_options(self._saved, self._schedulers)
+            if changed:
+                runner.logger.info(f"learning rates go on as the options say: other {', '.join(changed)} than before")
+            for scheduler, state in zip(self._schedulers, states):
                 scheduler.load_state_dict(state)
             for group, lr in zip(groups, resumed):
                 group["lr"] = lr  # a new scheduler sets the first rate
