@@ -393,8 +393,9 @@ def train(args: argparse.Namespace) -> int:
     model = build("model", build_model, opt)
     if resume:
         check_optimizers(resume, model.optimizers)
-        resume["schedulers"], rescheduled = schedule_of_options(resume["schedulers"], model.schedulers)
-        build("resuming", model.resume_training, resume)
+        with one_line("resuming"):
+            resume["schedulers"], rescheduled = schedule_of_options(resume["schedulers"], model.schedulers)
+            model.resume_training(resume)
         model.best_metric_results = resume.get("best_metric_results", {})
     if opt["dist"]:
         dist.barrier()  # all have looked before rank 0 moves an earlier experiment away
