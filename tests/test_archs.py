@@ -374,6 +374,16 @@ def test_without_a_predictor_the_image_itself_is_diffused():
 
 
 @torch.no_grad()
+def test_residual_scale_multiplies_what_is_diffused():
+    torch.manual_seed(0)
+    net = UCDIR(denoiser=TINY_DENOISER, predictor=TINY_PREDICTOR, residual_scale=12).eval()
+    lq, hr, noise, level = (*torch.randn(3, 1, 3, 8, 8), torch.tensor([0.6]))
+    eps, initial = net(lq, hr, level, noise)
+    x_t = 0.6 * 12 * (hr - initial) + 0.8 * noise
+    torch.testing.assert_close(eps, net.denoise(x_t, level, lq, initial), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_denoiser_is_a_regression_network():
     net = UCDIRDenoiser(
         **{**{k: v for k, v in TINY_DENOISER.items() if k != "type"}, "in_channel": 3, "residual": True}
@@ -425,6 +435,10 @@ def test_predictor_range_is_converted():
         ({"type": "UCDIRDenoiser", "activation": "swsh"}, "there is no activation 'swsh'; did you mean 'swish'"),
         ({"type": "UCDIRDenoiser", "kernel_size": 4}, "kernel_size must be odd, got 4"),
         ({"type": "UCDIR", "predictor": None, "denoiser": TINY_DENOISER}, "set the denoiser's guidance to none"),
+        (
+            {"type": "UCDIR", "predictor": TINY_PREDICTOR, "denoiser": TINY_DENOISER, "residual_scale": 0},
+            "residual_scale: 0 is not a positive number",
+        ),
         ({"type": "UCDIRDenoiser", "inner_channel": 12}, "12 channels is no multiple of num_bases 8"),
     ],
 )

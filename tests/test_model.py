@@ -283,6 +283,31 @@ def test_result_is_prediction_plus_residual_and_border_is_cut():
         assert 0 < residual.abs().max() <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("scale", [0.5, 1, 12])
+@pytest.mark.parametrize(
+    ("sampling", "limited"),
+    [
+        ({}, lambda x: x.clamp(-1, 1)),
+        ({"start_timestep": 100}, lambda x: x.clamp(-1, 1)),
+        ({"dynamic_threshold": 1.0}, lambda x: x / 1.6),
+        ({"clip_x0": False}, lambda x: x),
+    ],
+)
+def test_a_denoiser_that_knows_the_residual_restores_it_at_any_scale(scale, sampling, limited):
+    """Up to the clipping, which is that of the residual itself: to [-1, 1]."""
+    model = make({"network_g": {"residual_scale": scale}, "val": {"sampling": {"border": 0, "steps": 5, **sampling}}})
+    residual = torch.linspace(-1.6, 0.9, 3 * 16 * 16).view(1, 3, 16, 16)
+
+    def forward(x, level, guide):
+        level = level.view(-1, 1, 1, 1)
+        return (x[:, 3:] - level * scale * residual) / (1 - level**2).sqrt()
+
+    model.net_g_ema.denoise_fn.forward = forward
+    model.feed_data({**batch(count=1), "key": ["a"]})
+    model.test()
+    torch.testing.assert_close((model.output - model.initial) * 2, limited(residual), rtol=1e-3, atol=1e-3)
+
+
 def test_rescaled_schedule():
     model = make({"val": {"sampling": {"spacing": "rescale", "steps": 200, "rescale_end": 0.1}}})
     schedule = sampling_schedule(model.schedule, model.sampling)

@@ -309,6 +309,9 @@ def test_dynamic_threshold():
     torch.testing.assert_close(run(dynamic_threshold=0.9)[0], (x0[0].clamp(-limit, limit)) / limit)
     torch.testing.assert_close(run(dynamic_threshold=0.9)[1], x0[1])
     torch.testing.assert_close(run(dynamic_threshold=1.0)[0], x0[0] / 4)
+    torch.testing.assert_close(run(dynamic_threshold=1.0, clip_x0=2.0)[0], x0[0] / 2)
+    torch.testing.assert_close(run(dynamic_threshold=1.0, clip_x0=2.0)[1], x0[1])
+    torch.testing.assert_close(run(clip_x0=2.0)[0], x0[0].clamp(-2, 2))
     torch.testing.assert_close(run()[0], x0[0].clamp(-1, 1))
     torch.testing.assert_close(run(clip_x0=False), x0)
 

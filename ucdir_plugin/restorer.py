@@ -169,7 +169,7 @@ class Restorer:
             blend: lambda of initial + lambda * residual (paper, figure 1): 0 the initial prediction, 1 the sample.
             condition: name -> value of the conditions that the network declares.
             empty, progress: see :class:`ucdir_plugin.sampling.Conditioned`.
-            callback: as of the samplers, on the residual's scale.
+            callback: as of the samplers, on the scaled residual (``residual_scale``).
 
         Returns:
             prediction and samples, each computed when asked for.

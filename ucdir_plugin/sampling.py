@@ -155,8 +155,9 @@ class Conditioned:
                 return self._sample(whole, lq.shape, noise, callback, "patch", number)
 
             residual = tiling.per_patch(patch, self.grid, (self.lq, self._initial), merge=self.options.merge)
-        if residual_weight != 1:
-            residual.mul_(residual_weight)
+        weight = residual_weight / self.net.residual_scale
+        if weight != 1:
+            residual.mul_(weight)
         return residual.add_(self._initial)[self.inner]
 
     def _sample(
@@ -173,7 +174,7 @@ class Conditioned:
             denoiser,
             self.schedule,
             lambda draw: noise(shape, draw, *key),
-            options.clip_x0,
+            options.clip_x0 and self.net.residual_scale,
             callback,
             dynamic_threshold=options.dynamic_threshold,
             start=None if options.start_timestep is None else 0.0,

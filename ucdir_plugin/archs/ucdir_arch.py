@@ -535,12 +535,25 @@ class UCDIR(nn.Module):
             initial prediction is 0 and the denoiser learns the image itself (SR3).
         predictor_range: the value range that the predictor works in; it is converted to and from [-1, 1].
             Default: what the arch declares as ``value_range``, else BasicSR's [0, 1].
+        residual_scale: what the residual is multiplied by before it is diffused. The paper's is 1; 1 / (standard
+            deviation of the residual) gives it the variance of the noise, so that more of the schedule's levels
+            teach something (sigma_data of EDM, arXiv 2206.00364; measured in docs/study.md).
+
+    Raises:
+        UserError: for guidance by the prediction without a predictor, or a scale that is not positive and finite.
     """
 
     def __init__(
-        self, denoiser: dict, predictor: Optional[dict], predictor_range: Optional[Tuple[float, float]] = None
+        self,
+        denoiser: dict,
+        predictor: Optional[dict],
+        predictor_range: Optional[Tuple[float, float]] = None,
+        residual_scale: float = 1.0,
     ):
         super().__init__()
+        if not 0 < residual_scale < math.inf:
+            raise UserError(f"residual_scale: {residual_scale} is not a positive number; 1 is the paper's")
+        self.residual_scale = float(residual_scale)
         self.denoise_fn = build_arch(denoiser, "denoiser")
         self.predictor = None if predictor is None else build_arch(predictor, "predictor")
         if predictor is None and self.guidance == "initial":
@@ -606,7 +619,7 @@ class UCDIR(nn.Module):
         guide: Any,
         condition: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W) at noise level ``level`` (B,).
+        """Predicted noise in the noisy residual ``x_t`` (B, 3, H, W), scaled, at noise level ``level`` (B,).
 
         ``guide`` is that of :meth:`guide`, (B, 3, H, W) in [-1, 1], or what :meth:`prepare` made of it; ``condition``
         (B, number of conditions), None without any.
@@ -633,5 +646,5 @@ class UCDIR(nn.Module):
             predicted noise, initial prediction.
         """
         initial = self.predict(lq)
-        x_t = diffuse(hr - initial, level, noise)
+        x_t = diffuse(self.residual_scale * (hr - initial), level, noise)
         return self.denoise(x_t, level, lq, self.guide(lq, initial), condition), initial

@@ -38,7 +38,7 @@ def ddpm(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    clip_x0: bool = True,
+    clip_x0: Union[bool, float] = True,
     callback: Optional[Callback] = None,
     *,
     dynamic_threshold: Optional[float] = None,
@@ -52,10 +52,10 @@ def ddpm(
         denoise: predicts the noise in x_t.
         schedule: one step for each of its levels, from the last to the first.
         noise: all the randomness; draws 0 .. len(schedule) - 1.
-        clip_x0: clamp each prediction of x_0 to [-1, 1].
+        clip_x0: clamp each prediction of x_0 to [-1, 1]; a number c: to [-c, c].
         callback: called as ``callback(step, x_t, x0)`` after the prediction of each step.
-        dynamic_threshold: a quantile in (0, 1], such as 0.995. With s this quantile of |x_0| in each image, at least
-            1, clamp to [-s, s] and divide by s instead (Imagen, arXiv 2205.11487, section 2.3).
+        dynamic_threshold: a quantile in (0, 1], such as 0.995. With s this quantile of |x_0| / c in each image, at
+            least 1, clamp to [-s c, s c] and divide by s instead (Imagen, arXiv 2205.11487, section 2.3).
         start: warm start from x_0 = start, e.g. 0.0 for a zero residual: x_t = sqrt(alpha_bar) start +
             sqrt(1 - alpha_bar) noise(0) at the schedule's last level; see :meth:`NoiseSchedule.truncate`.
 
@@ -82,7 +82,7 @@ def ddim(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    clip_x0: bool = True,
+    clip_x0: Union[bool, float] = True,
     callback: Optional[Callback] = None,
     *,
     eta: float = 0.0,
@@ -119,7 +119,7 @@ def dpmpp_2m_sde(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    clip_x0: bool = True,
+    clip_x0: Union[bool, float] = True,
     callback: Optional[Callback] = None,
     *,
     eta: float = 1.0,
@@ -166,7 +166,7 @@ def dpmpp_2m(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    clip_x0: bool = True,
+    clip_x0: Union[bool, float] = True,
     callback: Optional[Callback] = None,
     *,
     dynamic_threshold: Optional[float] = None,
@@ -187,7 +187,7 @@ def heun(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    clip_x0: bool = True,
+    clip_x0: Union[bool, float] = True,
     callback: Optional[Callback] = None,
     *,
     dynamic_threshold: Optional[float] = None,
@@ -269,25 +269,28 @@ def _first(schedule: NoiseSchedule, noise: StepNoise, start: Start) -> torch.Ten
 
 
 def _predictor(
-    denoise: Denoiser, schedule: NoiseSchedule, clip_x0: bool, dynamic_threshold: Optional[float]
+    denoise: Denoiser, schedule: NoiseSchedule, clip_x0: Union[bool, float], dynamic_threshold: Optional[float]
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """(x_t, t) -> x_0, limited as asked, in the memory of the denoiser's result."""
     if dynamic_threshold is not None and not (clip_x0 and 0 < dynamic_threshold <= 1):
         raise ValueError(f"dynamic_threshold must be in (0, 1], and clip_x0 on: got {dynamic_threshold}, {clip_x0}")
+    limit = float(clip_x0)
 
     def predict(x: torch.Tensor, t: int) -> torch.Tensor:
         alpha_bar = float(schedule.alpha_bar[t])
         eps = denoise(x, x.new_full((len(x),), alpha_bar**0.5)).to(x.dtype)
         x0 = _combine(eps, -((1 / alpha_bar - 1) ** 0.5), x, (1 / alpha_bar) ** 0.5)
-        if not clip_x0:
+        if not limit:
             return x0
         if dynamic_threshold is None:
             for strip in x0.split(_strip_rows(x0), -2):
-                strip.copy_(clamp_finite(strip, -1, 1))
+                strip.copy_(clamp_finite(strip, -limit, limit))
             return x0
         size = x0.flatten(1).abs()
         rank = 1 + round(dynamic_threshold * (size.shape[1] - 1))
-        limit = size.kthvalue(rank).values.clamp(min=1).view(-1, 1, 1, 1)  # torch.quantile stops at 2**24 elements
-        return x0.clamp_(-limit, limit).div_(limit)
+        reached = (
+            size.kthvalue(rank).values.clamp(min=limit).view(-1, 1, 1, 1)
+        )  # torch.quantile stops at 2**24 elements
+        return x0.clamp_(-reached, reached).div_(reached / limit)
 
     return predict
