@@ -7,6 +7,7 @@ python tools/benchmark.py train -opt FILE.yml ...        memory of a training st
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
 python tools/benchmark.py complexity -opt FILE.yml ...   parameters, multiply-adds and memory of these networks
 python tools/benchmark.py restore -opt FILE.yml   memory and time over image sizes; samplers and steps; seams
+python tools/benchmark.py calibration -opt FILE.yml   does the network denoise as it should? where samples lose texture
 python tools/benchmark.py bird         a step of BIR-D against its network alone; with --source, what it restores there
 """
 
@@ -45,6 +46,11 @@ def parse_args() -> argparse.Namespace:
     restore.add_argument("--samplers", nargs="+", metavar="NAME[:SPACING]", help="quality: of these (default: all)")
     restore.add_argument("--seeds", type=int, default=1, help="quality: mean over so many seeds (default: %(default)s)")
     restore.add_argument("--figure", metavar="FILE.png", help="seams: patches on their own, inter-step, whole")
+    calibration = what.add_parser("calibration", parents=[common])
+    calibration.add_argument("-opt", required=True, metavar="FILE.yml", help="option file of a UCDIR network")
+    calibration.add_argument("--weights", metavar="FILE", help="default: what the option file trained last")
+    calibration.add_argument("--size", type=int, help="of crops (default: gt_size of the training set, else 64)")
+    calibration.add_argument("--only", choices=["denoising", "texture"], help="one of the two tables")
     bird = what.add_parser("bird", parents=[common])
     bird.add_argument("--size", type=int, default=256, help="height and width, of crops 128 (default: %(default)s)")
     bird.add_argument("--source", metavar="DIR", help="photographs to blur and restore, instead of the cost")
@@ -55,7 +61,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    at_least_one(repeats=args.repeats, threads=args.threads or 1, size=getattr(args, "size", 1))
+    size = getattr(args, "size", None)
+    at_least_one(repeats=args.repeats, threads=args.threads or 1, size=1 if size is None else size)
     figure = getattr(args, "figure", None)
     if figure and not Path(figure).absolute().parent.is_dir():
         raise UserError(f"--figure {figure}: there is no such folder")
@@ -69,6 +76,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.what == "restore":
         results = restore(args)
+    elif args.what == "calibration":
+        results = calibration(args)
     elif args.what == "bird":
         from ucdir_plugin import benchmark_bird
 
@@ -100,6 +109,19 @@ def main() -> int:
     if figure and args.what == "complexity":
         benchmark.draw_complexity(results[0], figure)
     return 0
+
+
+def calibration(args: argparse.Namespace) -> list:
+    from ucdir_plugin import benchmark_calibration
+    from ucdir_plugin.options import load_options
+
+    trained_on = load_options(args.opt, is_train=False)["datasets"].get("train", {})
+    size = args.size or trained_on.get("gt_size", 64)
+    parts = {
+        "denoising": lambda: benchmark_calibration.denoising(args.opt, args.weights, size),
+        "texture": lambda: benchmark_calibration.texture(args.opt, args.weights),
+    }
+    return [table for name, part in parts.items() if args.only in (None, name) for table in part()]
 
 
 def restore(args: argparse.Namespace) -> list:

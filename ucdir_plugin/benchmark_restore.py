@@ -36,7 +36,7 @@ def _image(height: int, width: int) -> torch.Tensor:
     return (wave * 0.4 + 0.5 + 0.03 * torch.randn(1, 3, height, width)).clamp_(0, 1)
 
 
-def _told(model: Restorer, sample: Dict[str, Any]) -> Dict[str, Any]:
+def told_of(model: Restorer, sample: Dict[str, Any]) -> Dict[str, Any]:
     """What a sample says of the conditions that the network declares."""
     said = sample.get("condition", {})
     return {condition.name: said[condition.name] for condition in model.conditions if condition.name in said}
@@ -89,7 +89,7 @@ def growth(opt: str, weights: Optional[str], tile: int, overlap: int, repeats: i
     return [result(title, rows)]
 
 
-def _validation(options: dict, opt: str) -> Tuple[str, List[Dict[str, Any]]]:
+def validation_samples(options: dict, opt: str) -> Tuple[str, List[Dict[str, Any]]]:
     """Name and samples of the first validation or test set."""
     for phase, data in options["datasets"].items():
         if phase.startswith(("val", "test")):
@@ -109,7 +109,7 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
     metrics = options["val"].get("metrics")
     if not metrics:
         raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
-    dataset, samples = _validation(options, opt)
+    dataset, samples = validation_samples(options, opt)
 
     def means(rows: List[report.Row]) -> Dict[str, Any]:
         return {k: None if v is None else round(v, 3) for k, v in report.means(rows)["of"].items()}
@@ -119,7 +119,7 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
 
     model = load_model(opt, weights)
     predictions = [
-        next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0, condition=_told(model, s)).samples) for s in samples
+        next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0, condition=told_of(model, s)).samples) for s in samples
     ]
     before = {"input": [s["lq"] for s in samples], "initial prediction": predictions}
     rows: List[Dict[str, Any]] = []
@@ -133,7 +133,7 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         found, seconds = [], []
         for sample, seed in itertools.product(samples, range(seeds)):
             started = time.perf_counter()
-            lq, told = sample["lq"].unsqueeze(0).clone(), _told(model, sample)
+            lq, told = sample["lq"].unsqueeze(0).clone(), told_of(model, sample)
             (image,) = model.run(lq, sample["key"], seed=seed, condition=told).samples
             seconds.append(time.perf_counter() - started)
             found.append(measured(image, sample["gt"]))
@@ -153,7 +153,7 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
     patches = {"tile": tile, "overlap": overlap}
     ways = {"per patch": {"split": "per_patch", **patches}, "inter-step": patches, "whole": {"tile": 0}}
     models = {name: load_model(opt, weights, sampling=way) for name, way in ways.items()}
-    samples = _validation(load_options(opt, is_train=False), opt)[1]
+    samples = validation_samples(load_options(opt, is_train=False), opt)[1]
     scores: Dict[str, List[float]] = {name: [] for name in ["truth", *ways]}
     pictures = []
     for sample in samples:
@@ -164,7 +164,7 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
         borders = borders_in_image(grid, *size, split.options.border)
         images = {"truth": sample["gt"]}
         for name, model in models.items():
-            lq, told = sample["lq"].unsqueeze(0).clone(), _told(model, sample)
+            lq, told = sample["lq"].unsqueeze(0).clone(), told_of(model, sample)
             (images[name],) = model.run(lq, sample["key"], condition=told).samples
         arrays = {name: tensor2img(image) for name, image in images.items()}
         for name, array in arrays.items():
