@@ -115,7 +115,7 @@ def calibration(args: argparse.Namespace) -> list:
     from ucdir_plugin import benchmark_calibration
     from ucdir_plugin.options import load_options
 
-    trained_on = load_options(args.opt, is_train=False)["datasets"].get("train", {})
+    trained_on = load_options(args.opt, is_train=False)["datasets"].get("train") or {}
     size = args.size or trained_on.get("gt_size", 64)
     parts = {
         "denoising": lambda: benchmark_calibration.denoising(args.opt, args.weights, size),

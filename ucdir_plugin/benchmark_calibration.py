@@ -91,9 +91,10 @@ def denoising(opt: str, weights: Optional[str], crop: int) -> List[dict]:
     Raises:
         UserError: for a network without diffusion, or images smaller than a crop.
     """
-    model = load_model(opt, weights, sampling={"border": 0, "tile": 0})
+    model = load_model(opt, weights)
     if not model.diffusion:
         raise UserError(f"{opt}: {type(model.net).__name__} restores in one pass: there is no denoiser to calibrate")
+    model.options = model.options.model_copy(update={"border": 0, "tile": None})
     dataset, samples = validation_samples(load_options(opt, is_train=False), opt)
     for sample in samples:
         if min(sample["gt"].shape[-2:]) < crop:
@@ -126,7 +127,7 @@ def denoising(opt: str, weights: Optional[str], crop: int) -> List[dict]:
     title = (
         f"denoised residual / residual, in power: {_what(dataset, samples, model)}; a sum below 1: too smooth."
         f" The residual's standard deviation is {deviation:.3f}: residual_scale {1 / deviation:.1f} would give it the"
-        f" noise's (here it is {scale:g}; {share:.1%} of the training's levels are between 10 dB of signal and of noise)"
+        f" noise's (here it is {scale:g}; {share:.1%} of training levels lie between 10 dB of signal and of noise)"
     )
     return [result(title, rows)]
 
