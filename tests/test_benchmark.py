@@ -208,3 +208,9 @@ def test_memory_of_training_is_what_stays_and_what_a_step_adds(workplace, monkey
     assert asked == [(2, 16), (4, 16)]
     first, second = result["rows"]
     assert first["KB a pixel"] == round((10 - 4 * count / 2**20) * 1024 / 512, 1) == 2 * second["KB a pixel"]
+
+
+@pytest.mark.parametrize("part", ["quality", "seams"])
+def test_a_data_set_without_truths_is_named(place, part):
+    done = place.run("benchmark.py", "restore", "-opt", "options.yml", "--only", part, "--tile", "24", "--overlap", "2")
+    assert_one_line_error(done, "datasets:val", "has no true images")

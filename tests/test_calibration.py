@@ -8,6 +8,7 @@ from conftest import RESTORING, assert_one_line_error, merged
 
 from ucdir_plugin import benchmark_calibration
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.errors import UserError
 
 DEVIATION = 0.1  # of the residual, in [-1, 1] units
 PAIRS = {"name": "pairs", "type": "PairedRestorationDataset", "dataroot_lq": "lq", "dataroot_gt": "gt"}
@@ -107,6 +108,8 @@ def test_the_tool_prints_both_tables_and_the_truth_has_all_its_texture(place):
         ("edsr.yml", (), "EDSR restores in one pass"),
         ("same.yml", ("--size", "500"), "is smaller than a crop of 500"),
         ("same.yml", ("--size", "0"), "must be at least 1"),
+        ("options.yml", (), "has no true images to measure with: set dataroot_gt"),
+        ("options.yml", ("--only", "texture"), "has no true images to measure with: set dataroot_gt"),
     ],
 )
 def test_what_cannot_be_calibrated_is_named(place, file, more, message):
@@ -115,3 +118,10 @@ def test_what_cannot_be_calibrated_is_named(place, file, more, message):
         "same.yml",
     )
     assert_one_line_error(place.run("benchmark.py", "calibration", "-opt", file, *more), message)
+
+
+def test_a_perfect_prediction_has_nothing_to_calibrate(known, place):
+    for i in range(2):
+        cv2.imwrite(f"gt/{i}.png", cv2.imread(f"lq/{i}.png"))
+    with pytest.raises(UserError, match="the prediction is the truth"):
+        known()

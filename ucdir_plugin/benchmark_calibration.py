@@ -65,7 +65,6 @@ def _crops(image: torch.Tensor, size: Optional[int]) -> torch.Tensor:
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
 
 
-@torch.no_grad()
 def _residuals(
     model: Restorer, samples: List[Dict[str, Any]], size: Optional[int]
 ) -> Iterator[Tuple[str, torch.Tensor, sampling.Conditioned]]:
@@ -89,7 +88,7 @@ def denoising(opt: str, weights: Optional[str], crop: int) -> List[dict]:
         crop: size of the crops.
 
     Raises:
-        UserError: for a network without diffusion, or images smaller than a crop.
+        UserError: for a network without diffusion, images smaller than a crop, or a residual of 0.
     """
     model = load_model(opt, weights)
     if not model.diffusion:
@@ -104,6 +103,8 @@ def denoising(opt: str, weights: Optional[str], crop: int) -> List[dict]:
         power += band_power(residual).cpu()
         pixels += residual.numel()
     deviation = float(power[-1] / pixels) ** 0.5
+    if not deviation:
+        raise UserError(f"{opt}: of {dataset} the prediction is the truth: there is no residual to calibrate on")
     scale, rows = model.net.residual_scale, []
     ways = {"whole images": None, f"crops of {crop}": crop}
     for way, size in ways.items():

@@ -90,11 +90,20 @@ def growth(opt: str, weights: Optional[str], tile: int, overlap: int, repeats: i
 
 
 def validation_samples(options: dict, opt: str) -> Tuple[str, List[Dict[str, Any]]]:
-    """Name and samples of the first validation or test set."""
+    """Name and samples of the first validation or test set.
+
+    Raises:
+        UserError: if there is none, or it has no true images.
+    """
     for phase, data in options["datasets"].items():
         if phase.startswith(("val", "test")):
             dataset = build_dataset({**data, "phase": phase.split("_")[0], "scale": options["scale"]})
-            return data["name"], list(dataset)
+            samples = list(dataset)
+            if any("gt" not in sample for sample in samples):
+                raise UserError(
+                    f"{opt}: option datasets:{phase}: it has no true images to measure with: set dataroot_gt"
+                )
+            return data["name"], samples
     raise UserError(f"{opt}: option datasets: there is no val or test dataset to measure on")
 
 

@@ -288,9 +288,8 @@ def _predictor(
             return x0
         size = x0.flatten(1).abs()
         rank = 1 + round(dynamic_threshold * (size.shape[1] - 1))
-        reached = (
-            size.kthvalue(rank).values.clamp(min=limit).view(-1, 1, 1, 1)
-        )  # torch.quantile stops at 2**24 elements
+        # torch.quantile stops at 2**24 elements
+        reached = size.kthvalue(rank).values.clamp(min=limit).view(-1, 1, 1, 1)
         return x0.clamp_(-reached, reached).div_(reached / limit)
 
     return predict
