@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -247,6 +249,49 @@ def test_restore_takes_them_from_the_command_line(place, told):
         assert_one_line_error(done, message)
     done = place.run("restore.py", "-opt", "edsr.yml", "-i", "photos", "-o", "none", "--condition", "quality=10")
     assert_one_line_error(done, "there is no condition 'quality'; this network declares none")
+
+
+def test_a_jpeg_tells_its_quality(place, told):
+    trained = {"name": "jpegs", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": [5, 95], "gt_size": 16}
+    options = merged(CONDITIONED, {"path": {"pretrain_network_g": "told.pth"}, "datasets": {"train": trained}})
+    place.write(options, "told.yml")
+    os.mkdir("mixed")
+    photo = cv2.imread("photos/coffee.png")
+    for quality in (10, 60):
+        cv2.imwrite(f"mixed/{quality}.jpg", photo, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    cv2.imwrite("mixed/plain.png", photo)
+    done = place.run("restore.py", "-opt", told, "-i", "mixed", "-o", "out")
+    assert done.returncode == 1 and "plain.png: condition quality is missing" in done.stderr  # of this one alone
+    assert (
+        place.run("restore.py", "-opt", told, "-i", "mixed", "-o", "all", "--condition", "quality=10").returncode == 0
+    )
+    model = ucdir_plugin.load_model(told)
+    for quality in (10, 60):
+        records = [json.loads(Path(folder, f"{quality}.json").read_text()) for folder in ("out", "all")]
+        assert [record["condition"] for record in records] == [
+            {"quality": quality},
+            {"quality": 10},
+        ]  # the user's first
+        assert [record["settings"]["condition"] for record in records] == [{}, {"quality": 10}]
+        same = ucdir_plugin.restore(f"mixed/{quality}.jpg", model)
+        assert same.info["condition"] == {"quality": quality}
+        said = ucdir_plugin.restore(f"mixed/{quality}.jpg", model, condition={"quality": 70 - quality})
+        assert said.info["condition"] == {"quality": 70 - quality} and np.abs(said.image - same.image).max() > 0
+        made = [cv2.imread(f"{folder}/{quality}.png")[..., ::-1].astype(int) for folder in ("out", "all")]
+        np.testing.assert_array_equal((same.image * 255).round().astype(int), made[0])
+        assert np.array_equal(*made) == (quality == 10)
+    with pytest.raises(UserError, match="condition quality is missing"):
+        ucdir_plugin.restore(cv2.imread("mixed/10.jpg"), model)  # of an array nobody knows
+    narrow = {"network_g": {"denoiser": {"conditions": {"quality": {"range": [5, 50]}}}}}
+    place.write(merged(options, {**narrow, "datasets": {"train": {**trained, "quality": [5, 50]}}}), "told.yml")
+    done = ucdir_plugin.restore("mixed/60.jpg", ucdir_plugin.load_model(told))
+    assert done.info["condition"] == {"quality": 50}  # the nearest that it knows
+    other = {**trained, **MIXED, "degradations": [{"type": "noise", "sigma": 5}]}
+    place.write(merged(options, {"datasets": {"train": {**other, "condition": {"quality": 3}}}}), "told.yml")
+    with pytest.raises(
+        UserError, match="condition quality is missing"
+    ):  # a quality of something else, for all it knows
+        ucdir_plugin.restore("mixed/60.jpg", ucdir_plugin.load_model(told))
 
 
 def test_from_a_file_beside_the_pairs(workplace):

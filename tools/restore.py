@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         metavar="NAME=VALUE",
         default=[],
-        help="what the network is told of the images",
+        help="what the network is told of the images (the quality of a JPEG: what its file shows)",
     )
     bird = parser.add_argument_group("BIR-D")
     bird.add_argument("--task", help="blind, deblur, motion, sr4, inpaint, colorize, lowlight, hdr or multi")

@@ -320,6 +320,10 @@ class BlindRestorer:
         if condition:
             raise UserError(f"condition {next(iter(condition))}: BIR-D is told nothing but the task; leave it out")
 
+    def told(self, photo: imageio.Photo, condition: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+        """What is told of a photo: what the user says, which :meth:`check` refuses."""
+        return dict(condition or {})
+
     def state_bytes(self, height: int, width: int, samples: int = 1) -> int:
         """Memory for what is as large as the image."""
         count = TENSORS + 2 * (self.task.mask or samples > 1)

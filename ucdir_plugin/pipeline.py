@@ -374,6 +374,7 @@ def _restore_one(
     doubt = model.doubt(photo)
     if doubt:
         bar.say(f"{job.key}: {doubt}")
+    told = model.told(photo, condition)
     photo = model.like(photo)
     height, width = photo.pixels.shape[:2]
     lq = imageio.to_tensor(photo, empty)
@@ -385,12 +386,14 @@ def _restore_one(
         seed=seed,
         samples=samples,
         blend=blend,
-        condition=condition,
+        condition=told,
         empty=empty,
         progress=bar.bar.update,
         callback=lambda step, x_t, x0: bar.step(step, model.steps),
     )
     record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    if told:
+        record["condition"] = told
     if doubt:
         record["note"] = doubt
     moments = Moments()

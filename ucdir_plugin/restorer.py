@@ -131,12 +131,36 @@ class Restorer:
         """Auxiliary scalar conditions that the network declares."""
         return self.net.conditions if self.diffusion else ()
 
+    def told(self, photo: imageio.Photo, condition: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+        """What the network is told of a photo: what the user says, and else the quality that a JPEG file shows.
+
+        The latter only of a network that was trained on JPEGs, of which the condition ``quality`` is therefore that;
+        a quality beyond the condition's range is its end.
+
+        Args:
+            photo: as it was read.
+            condition: name -> value, as for :meth:`run`.
+        """
+        shown = {}
+        if photo.quality is not None and self._shown is not None:
+            low, high = self._shown.limits
+            shown = {self._shown.name: min(max(photo.quality, low), high)}
+        return {**shown, **(condition or {})}
+
+    @property
+    def _shown(self) -> Optional[conditions.Condition]:
+        """The condition that a file tells, if there is one."""
+        found = [c for c in self.conditions if c.name == "quality" and not c.classes and self.jpeg_quality is not None]
+        return found[0] if found else None
+
     def check(self, samples: int, blend: float, condition: Optional[Mapping[str, Any]] = None) -> None:
         """
         Raises:
-            UserError: for what this network has no use for, or values out of range.
+            UserError: for what this network has no use for, or values out of range. What a file may tell is not
+                missing yet.
         """
-        conditions.given(self.conditions, condition)
+        shown = {} if self._shown is None else {self._shown.name: self._shown.limits[0]}
+        conditions.given(self.conditions, {**shown, **(condition or {})})
         check_samples(samples)
         if not 0 <= blend <= 1:
             raise UserError(f"blend must be between 0 (initial prediction) and 1 (sample), got {blend}")
@@ -540,11 +564,12 @@ def restore(
         photo = imageio.read_photo(os.fspath(image), max_pixels)
         key = os.path.basename(image) if key is None else key
     doubt = None if isinstance(image, np.ndarray) else model.doubt(photo)
+    told = model.told(photo, condition)
     photo = model.like(photo)
     started = time.perf_counter()
     memory.reset_peak(model.device)
     height, width = photo.pixels.shape[:2]
-    drawn = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend, condition=condition)
+    drawn = model.run(imageio.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend, condition=told)
     moments, found = Moments(), []
     for result in drawn.samples:
         moments.add(result)
@@ -556,6 +581,7 @@ def restore(
         "peak_memory": memory.peak(model.device),
         "device": str(model.device),
         "versions": versions(),
+        **({"condition": told} if told else {}),
         **({"note": doubt} if doubt else {}),
     }
     initial = drawn.initial()
