@@ -237,6 +237,13 @@ def test_paired_differences_of_sets():
         assert trained.difference(one, measured("another", psnr, without=lacking), "fid") == (5.0, None)
 
 
+def test_no_percentage_of_what_may_be_zero():
+    one, other = measured("one", {"a": 1.0}, {"a": 1.0}), measured("other", {"a": 1.0})
+    for error, text in ((4.9, "+50.0 %"), (5.0, "+5.00")):  # FID 10 and 15
+        other.results[0].sets["restored"]["fid"]["standard_error"] = error
+        assert trained.differences_table([other, one], "other")[-1] == f"| one | {text} | +0.00 dB |"
+
+
 def test_curves(here):
     table, lines = run(parts=["trend"])
     assert "ours, 1 iterations" in table and "photos: 2 images" in table

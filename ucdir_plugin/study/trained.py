@@ -321,6 +321,10 @@ class Measured:
             statistics.stdev(values) if len(values) > 1 and None not in values and np.isfinite(values).all() else None
         )
 
+    def error(self, metric: str) -> Optional[float]:
+        """Standard error of the first seed's value, of a metric that gives one."""
+        return self.results[0].sets.get("restored", {}).get(metric, {}).get("standard_error")
+
     def of_images(self, metric: str) -> Dict[str, float]:
         """Image -> mean over the seeds, where each measured it."""
         rows: Dict[str, List[Optional[float]]] = {}
@@ -373,7 +377,7 @@ def means_table(measured: Sequence[Measured]) -> List[str]:
         for name in columns:
             value, deviation, digits = item.mean(name), item.deviation(name), TITLES.get(name, ("", 3))[1]
             text = "-" if value is None else f"{value:.{digits}f}"
-            error = item.results[0].sets.get("restored", {}).get(name, {}).get("standard_error")
+            error = item.error(name)
             if deviation is not None:
                 text += f" ± {deviation:.{digits}f}"
             elif error is not None:
@@ -385,7 +389,10 @@ def means_table(measured: Sequence[Measured]) -> List[str]:
 
 
 def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
-    """Markdown: relative differences from one run (PSNR: in dB), with 95% intervals over images."""
+    """Markdown: relative differences from one run (PSNR: in dB), with 95% intervals over images.
+
+    Of a value within two standard errors of zero, as KID's may be, a percentage means nothing: those as they are.
+    """
     base = next(m for m in measured if m.run.label == against)
     columns = {name: title for name, title in _columns(measured).items() if base.mean(name) is not None}
     rows = []
@@ -395,11 +402,13 @@ def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
         cells = []
         for name in columns:
             found = difference(item, base, name)
-            if found is None or not base.mean(name):
+            if found is None:
                 cells.append("-")
                 continue
-            factor, unit = (1.0, " dB") if name == "psnr" else (100 / abs(base.mean(name)), " %")
-            digits = 2 if name == "psnr" else 1
+            value, digits = abs(base.mean(name)), TITLES.get(name, ("", 3))[1]
+            factor, unit = (1.0, " dB" if name == "psnr" else "")
+            if name != "psnr" and value > 2 * (base.error(name) or 0):
+                factor, unit, digits = 100 / value, " %", 1
             text = f"{found[0] * factor:+.{digits}f}{unit}"
             if found[1] is not None:
                 low, high = (bound * factor for bound in found[1])
