@@ -323,7 +323,7 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         said = "tiny was trained on JPEG of quality 10 to 30: restored all the same"
         assert notes == [
             f"a_png.png: it is no JPEG, and {said}",
-            f"d_90.jpg: it is a JPEG of quality 90, and {said}, detail may be lost",
+            f"d_90.jpg: it is a JPEG of quality 90, and {said}, detail may be lost (--model jpeg_any is for it)",
         ]
         records = {
             name: json.loads(Path(f"out{number}/{name}.json").read_text()) for name in ("a_png", "b_5", "c_35", "d_90")
@@ -333,8 +333,10 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         assert weights.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
     monkeypatch.setattr(restorer, "QUALITY_MARGIN", 4)
     model = ucdir_plugin.load_model("options.yml")
-    assert model.doubt(imageio.read_photo("mixed/b_5.jpg", 10**6)).endswith("restored all the same, blocks may be left")
-    assert model.doubt(imageio.read_photo("mixed/c_35.jpg", 10**6)).endswith("detail may be lost")
+    assert model.doubt(imageio.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
+    assert model.doubt(imageio.read_photo("mixed/c_35.jpg", 10**6)).endswith("lost (--model jpeg_any is for it)")
+    Image.open("photos/coffee.png").save("mixed/b_4.jpg", quality=4)  # which no model is for
+    assert model.doubt(imageio.read_photo("mixed/b_4.jpg", 10**6)).endswith("restored all the same, blocks may be left")
 
 
 def test_names(place):

@@ -11,6 +11,7 @@ import torch
 from conftest import PHOTOS, assert_one_line_error
 from test_adm import TINY, tiny
 
+import ucdir_plugin
 from ucdir_plugin import priors, weights, zoo
 from ucdir_plugin.diffusion.prior import DenoiserPrior, ExpertsPrior, GaussianPrior, NetworkPrior
 from ucdir_plugin.errors import NotAvailable, UserError
@@ -65,6 +66,7 @@ def test_what_is_shipped():
             assert entry["sha256"] in card.read()
         notes = weights.read_prior(path).notes if entry["kind"] == "prior" else weights.read_model(path)[2]
         assert notes["licence"]
+        assert tuple(entry.get("jpeg_quality", ())) == (weights.jpeg_quality_of(path) or ())
 
 
 @pytest.mark.parametrize("name", zoo.names("model"))
@@ -79,6 +81,25 @@ def test_the_models_restore_a_jpeg_by_name(name, workplace):
     assert cv2.PSNR(truth, restored) > cv2.PSNR(truth, jpeg) + 0.5
     done = workplace.run("restore.py", "--model", name.replace("jpeg", "jpg"), "-i", "photo.jpg", "-o", "out")
     assert_one_line_error(done, "did you mean", repr(name))
+
+
+@pytest.mark.parametrize("quality", [5, 30, 60])
+def test_one_model_for_jpegs_of_all_qualities(quality, workplace):
+    """It is told what the file shows, and is better than the JPEG with and without the residual."""
+    truth = cv2.imread(str(PHOTOS / "astronaut.png"))[:192, 128:320]
+    path = str(workplace.folder / "photo.jpg")
+    cv2.imwrite(path, truth, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert zoo.for_jpeg(quality) == "jpeg_any" and zoo.for_jpeg(4) is None
+    model = ucdir_plugin.load_model("jpeg_any")
+    done = ucdir_plugin.restore(path, model)
+    assert done.info["condition"] == {"quality": quality} and "note" not in done.info
+    jpeg, better, best = (
+        cv2.PSNR(truth, (image[..., ::-1] * 255).round().astype(np.uint8))
+        for image in (cv2.imread(path)[..., ::-1] / 255, done.image, done.initial)
+    )
+    assert best > better > jpeg + 0.1 and best > jpeg + 0.5
+    other = ucdir_plugin.restore(path, model, condition={"quality": 95}).image
+    assert np.abs(other - done.image).max() > 0.01  # it listens
 
 
 @pytest.fixture

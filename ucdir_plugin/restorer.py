@@ -277,9 +277,11 @@ class Restorer:
             return f"it is no JPEG, and {self.about['model']} was trained on {trained}: restored all the same"
         if low - QUALITY_MARGIN <= photo.quality <= high + QUALITY_MARGIN:
             return None
+        other = zoo.for_jpeg(photo.quality)
         return (
             f"it is a JPEG of quality {photo.quality}, and {self.about['model']} was trained on {trained}: restored"
             f" all the same, {'detail may be lost' if photo.quality > high else 'blocks may be left'}"
+            f"{f' (--model {other} is for it)' if other else ''}"
         )
 
     def record_settings(

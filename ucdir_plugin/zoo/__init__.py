@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from ucdir_plugin.errors import NotAvailable, UserError
 from ucdir_plugin.weights import sha256_of
@@ -15,7 +15,8 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 def index() -> Dict[str, Dict[str, Any]]:
     """Name -> ``kind`` (``prior`` of BIR-D, or ``model`` that restores), ``sha256`` of the file, ``card_sha256``.
 
-    Of a prior also ``size``, the side of the patches that it serves best in, where that is not its training's.
+    Of a prior also ``size``, the side of the patches that it serves best in, where that is not its training's; of a
+    model for JPEGs ``jpeg_quality``, lowest and highest.
     """
     with open(os.path.join(FOLDER, "index.json"), encoding="utf-8") as file:
         return json.load(file)
@@ -23,6 +24,15 @@ def index() -> Dict[str, Dict[str, Any]]:
 
 def names(kind: str) -> List[str]:
     return sorted(name for name, entry in index().items() if entry["kind"] == kind)
+
+
+def for_jpeg(quality: int) -> Optional[str]:
+    """A model that was trained on JPEGs of this quality, if there is one."""
+    for name, entry in index().items():
+        low, high = entry.get("jpeg_quality", (1, 0))
+        if low <= quality <= high:
+            return name
+    return None
 
 
 def find(name: str) -> str:
