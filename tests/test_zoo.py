@@ -84,10 +84,10 @@ def test_the_models_restore_a_jpeg_by_name(name, workplace):
 
 
 @pytest.mark.parametrize("quality", [5, 30, 60])
-def test_one_model_for_jpegs_of_all_qualities(quality, workplace):
+def test_one_model_for_jpegs_of_all_qualities(quality, tmp_path):
     """It is told what the file shows, and is better than the JPEG with and without the residual."""
     truth = cv2.imread(str(PHOTOS / "astronaut.png"))[:192, 128:320]
-    path = str(workplace.folder / "photo.jpg")
+    path = str(tmp_path / "photo.jpg")
     cv2.imwrite(path, truth, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert zoo.for_jpeg(quality) == "jpeg_any" and zoo.for_jpeg(4) is None
     model = ucdir_plugin.load_model("jpeg_any")
