@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ucdir_plugin" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ucdir_plugin" / "utils" / "versions.py").read_text()).group(1)
 # Networks whose weights come with the package.
 METRICS = [
     "stlpips-pytorch==0.0.2",
@@ -25,8 +25,13 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["ucdir_plugin", "ucdir_plugin.*"]),
-    package_data={"ucdir_plugin": ["report.html"], "ucdir_plugin.archs": ["akgm.cpp"], "ucdir_plugin.zoo": ["*"]},
+    packages=[*find_packages(include=["ucdir_plugin", "ucdir_plugin.*"]), "ucdir_cli"],
+    package_dir={"ucdir_cli": "tools"},
+    package_data={
+        "ucdir_plugin.evaluation": ["report.html"],
+        "ucdir_plugin.archs.akgm": ["akgm.cpp"],
+        "ucdir_plugin.zoo": ["*"],
+    },
     python_requires=">=3.9,<3.13",
     install_requires=[
         "torch>=2.6",

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
 
 TRAIN = (
     "astronaut.png",
@@ -35,7 +36,7 @@ def main() -> int:
     import cv2
     import skimage
 
-    from ucdir_plugin.files import write_atomically
+    from ucdir_plugin.utils.files import write_atomically
 
     source = os.path.join(os.path.dirname(skimage.__file__), "data")
     for part, names in (("train", TRAIN), ("test", TEST)):

@@ -23,7 +23,7 @@ from ucdir_plugin.data.preparation import (
     prepare,
     same_settings,
 )
-from ucdir_plugin.errors import run_cli
+from ucdir_plugin.utils.cli import run_cli
 
 PAIRS = {"train": 2103, "test": 1111}
 

@@ -15,8 +15,9 @@ import os
 import sys
 
 from ucdir_plugin.data.preparation import Task, link_to, middle_square, prepare, same_settings
-from ucdir_plugin.errors import UserError, WriteError, at_least_one, did_you_mean, run_cli
-from ucdir_plugin.imageio import EXTENSIONS, image_size, list_images
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError, WriteError, at_least_one, did_you_mean
+from ucdir_plugin.utils.image_reading import EXTENSIONS, image_size, list_images
 
 
 def read_list(path: str) -> list:

@@ -11,8 +11,9 @@ import os
 import sys
 
 from ucdir_plugin.data.preparation import link_to
-from ucdir_plugin.errors import UserError, run_cli
-from ucdir_plugin.imageio import list_images
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import list_images
 
 KINDS = {"lq": "real", "gt": "mean"}
 

@@ -22,9 +22,10 @@ from ucdir_plugin.data.preparation import (
     same_settings,
     sid_tasks,
 )
-from ucdir_plugin.errors import UserError, run_cli
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.imageio import image_size
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_reading import image_size
 
 PAIRS = {"train": 1865, "test": 598}
 

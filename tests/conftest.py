@@ -105,7 +105,9 @@ EDSR = {
 
 # A process that has imported everything, and computed nothing, is forked for each run of a tool: seconds are saved each time.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["ucdir_plugin.engine", "ucdir_plugin.mm.engine", "ucdir_plugin.compare"])
+_FORKS.set_forkserver_preload(
+    ["ucdir_plugin.training.loop", "ucdir_plugin.mm.runner", "ucdir_plugin.evaluation.compare"]
+)
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # for what is started from here on
 
 

@@ -8,12 +8,12 @@ import torch
 from conftest import REFERENCE, assert_one_line_error, reference
 from safetensors.torch import save_file
 
-from ucdir_plugin import priors, weights
 from ucdir_plugin.archs import ADMUNet, FFDNet
 from ucdir_plugin.archs.adm_arch import AttentionBlock, GroupNorm32
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior, noise_of
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.options import check_registered
+from ucdir_plugin.options.calls import check_registered
+from ucdir_plugin.utils.errors import NotAvailable, UserError
+from ucdir_plugin.zoo import convert, model_files, priors
 
 TINY = {
     "image_size": 16,
@@ -167,8 +167,8 @@ def test_convert_and_load(workplace):
     # Of what was trained here the average is taken.
     halves = {"params": net.state_dict(), "params_ema": {k: v / 2 for k, v in net.state_dict().items()}}
     torch.save(halves, workplace.folder / "net_g_1.pth")
-    weights.convert_adm(str(workplace.folder / "net_g_1.pth"), str(workplace.folder / "ema.safetensors"), TINY)
-    found = weights.read_prior(str(workplace.folder / "ema.safetensors"))
+    convert.convert_adm(str(workplace.folder / "net_g_1.pth"), str(workplace.folder / "ema.safetensors"), TINY)
+    found = model_files.read_prior(str(workplace.folder / "ema.safetensors"))
     assert found.network["type"] == "ADMUNet"
     assert all(torch.equal(v, halves["params_ema"][k]) for k, v in found.state.items())
     direct = priors.load_adm(str(workplace.folder / "adm.pt"), TINY)
@@ -177,7 +177,7 @@ def test_convert_and_load(workplace):
     done = workplace.run("convert_weights.py", "--from", "adm", "adm.pt", "big.safetensors")
     assert_one_line_error(done, "adm.pt", "another architecture than ADMUNet")
     with pytest.raises(UserError, match="ends with .safetensors"):
-        weights.convert_adm(str(workplace.folder / "adm.pt"), str(workplace.folder / "adm.pth"), TINY)
+        convert.convert_adm(str(workplace.folder / "adm.pt"), str(workplace.folder / "adm.pth"), TINY)
     assert not (workplace.folder / "big.safetensors").exists()
     with pytest.raises(UserError, match="class_cond"):
         priors.load_adm(str(workplace.folder / "adm.pt"), {**TINY, "class_cond": True})
@@ -354,7 +354,7 @@ def test_folders_of_diffusers_that_do_not_fit(pipeline):
 def test_reference_weights_as_a_file(tmp_path):
     state = {k[len("param/") :]: v for k, v in reference("unet_small.npz").items() if k.startswith("param/")}
     save_file(state, tmp_path / "bare.safetensors")
-    assert weights.read_prior(str(tmp_path / "bare.safetensors")).network is None
+    assert model_files.read_prior(str(tmp_path / "bare.safetensors")).network is None
     described = json.loads((REFERENCE / "unet_small.json").read_text())["config_as_passed_to_create_model"]
     config = {k: v for k, v in described.items() if k != "use_fp16"}
     config["channel_mult"] = [int(n) for n in config["channel_mult"].split(",")]

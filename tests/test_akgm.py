@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ucdir_plugin.archs import akgm, akgm_compiled, akgm_tiled
-from ucdir_plugin.archs.akgm import adaptive_kernel_conv
+from ucdir_plugin.archs.akgm import compiled as akgm_compiled
+from ucdir_plugin.archs.akgm import convolution
+from ucdir_plugin.archs.akgm import tiled as akgm_tiled
+from ucdir_plugin.archs.akgm.convolution import adaptive_kernel_conv
 
 # (B, C, N, H, W): tiny, one channel per group, one base; strips of rows, several images in a tile, rows beyond a tile; wide.
 SHAPES = [
@@ -67,13 +69,13 @@ def implementation(request, monkeypatch):
     if request.param == "compiled" and not akgm_compiled.available():
         pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
     module = {"compiled": akgm_compiled, "tiled": akgm_tiled, "loop": None}[request.param]
-    monkeypatch.setattr(akgm, "choose", lambda x, bases: module)
+    monkeypatch.setattr(convolution, "choose", lambda x, bases: module)
     return request.param
 
 
 @pytest.fixture
 def tiled(monkeypatch):
-    monkeypatch.setattr(akgm, "choose", lambda x, bases: akgm_tiled)
+    monkeypatch.setattr(convolution, "choose", lambda x, bases: akgm_tiled)
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def test_memory(train, tiled):
 def test_loop_for_wide_small_inputs(shape, loop, monkeypatch):
     monkeypatch.setattr(akgm_compiled, "available", lambda: False)
     calls = []
-    monkeypatch.setattr(akgm, "adaptive_kernel_conv_loop", lambda *inputs: calls.append(inputs))
+    monkeypatch.setattr(convolution, "adaptive_kernel_conv_loop", lambda *inputs: calls.append(inputs))
     adaptive_kernel_conv(*operands(*shape))
     assert bool(calls) == loop
 
@@ -306,7 +308,7 @@ def test_without_a_compiler(environment, reason, tmp_path):
     script = """
 import torch
 from test_akgm import literal, operands
-from ucdir_plugin.archs.akgm import adaptive_kernel_conv
+from ucdir_plugin.archs.akgm.convolution import adaptive_kernel_conv
 inputs = operands(2, 16, 8, 5, 6)
 for _ in range(2):
     torch.testing.assert_close(adaptive_kernel_conv(*inputs), literal(*inputs), rtol=1e-5, atol=1e-5)
@@ -322,7 +324,7 @@ for _ in range(2):
 
 def test_an_implementation_that_is_wrong_is_found_out(monkeypatch):
     """The check that Triton's has to pass on a GPU before it is used."""
-    assert akgm._disagreement(akgm_tiled, torch.device("cpu"), torch.float32) is None
+    assert convolution._disagreement(akgm_tiled, torch.device("cpu"), torch.float32) is None
     backward = akgm_tiled.backward
 
     def wrong(*args):
@@ -330,7 +332,7 @@ def test_an_implementation_that_is_wrong_is_found_out(monkeypatch):
         return grad_x.flip(3), *others
 
     monkeypatch.setattr(akgm_tiled, "backward", wrong)
-    assert "grad x is wrong" in akgm._disagreement(akgm_tiled, torch.device("cpu"), torch.float32)
+    assert "grad x is wrong" in convolution._disagreement(akgm_tiled, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("which", range(4))

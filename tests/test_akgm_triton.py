@@ -41,7 +41,7 @@ CASES = [
 
 def result(shape, programs=512, tile_bases=16, dtype=torch.float32, layout="contiguous", needs=ALL):
     """(found, expected): y and the four gradients, by Triton, and by the formula in float32 on the same inputs."""
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     akgm_triton.PROGRAMS, akgm_triton.TILE_BASES = programs, tile_bases
     inputs = [t.to(dtype) for t in operands(*shape)]
@@ -62,7 +62,7 @@ def result(shape, programs=512, tile_bases=16, dtype=torch.float32, layout="cont
 
 def mixed_result():
     """(found, expected) with every input in another dtype, and the gradient of a sum."""
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     x, weight, bias, mix = operands(1, 8, 4, 3, 4)
     mix, grad_y = mix.bfloat16(), torch.ones(1, 1, 1, 1, dtype=torch.float16).expand_as(x)
@@ -78,17 +78,17 @@ def mixed_result():
 
 
 def imported():
-    return "ucdir_plugin.archs.akgm_triton" in sys.modules
+    return "ucdir_plugin.archs.akgm.triton" in sys.modules
 
 
 def available():
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     return akgm_triton.available()
 
 
 def refused():
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     akgm_triton.forward(*operands(1, 4, 4, 2, 2, dtype=torch.float64))
 
@@ -170,7 +170,7 @@ def test_available_on_a_gpu():
 
 
 def test_tf32_only_where_torch_allows_it():
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     assert akgm_triton._precision() == "ieee"
     try:
@@ -196,7 +196,7 @@ def test_compiles_for_a_gpu(shape, dtype, layout, monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ucdir_plugin.archs import akgm_triton
+    from ucdir_plugin.archs.akgm import triton as akgm_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launches = []

@@ -8,7 +8,7 @@ from conftest import TINY_DENOISER, TINY_PREDICTOR
 
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.archs.ucdir_arch import (
+from ucdir_plugin.archs.ucdir_blocks import (
     ACTIVATIONS,
     NORMS,
     Activation,
@@ -19,8 +19,8 @@ from ucdir_plugin.archs.ucdir_arch import (
     _Level,
     make_norm,
 )
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.utils.errors import UserError
 
 
 @torch.no_grad()

@@ -6,13 +6,16 @@ import cv2
 import pytest
 import torch
 from conftest import RESTORING, ROOT, TINY, assert_one_line_error, merged
+from ucdir_cli.benchmarks import akgm, timing
+from ucdir_cli.benchmarks import networks as benchmark_networks
+from ucdir_cli.benchmarks import restore as benchmark_restore
 
-from ucdir_plugin import benchmark, benchmark_options, benchmark_restore
-from ucdir_plugin.archs import UCDIRDenoiser, akgm_compiled
-from ucdir_plugin.archs.ucdir_arch import AKGBlock
+from ucdir_plugin.archs import UCDIRDenoiser
+from ucdir_plugin.archs.akgm import compiled as akgm_compiled
+from ucdir_plugin.archs.ucdir_blocks import AKGBlock
 from ucdir_plugin.registry import build_arch
 
-NAMES = benchmark._variants(*benchmark.REPLACED, *benchmark.CHOSEN)
+NAMES = akgm._variants(*akgm.REPLACED, *akgm.CHOSEN)
 SMALL = {"inner_channel": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
 
 
@@ -23,7 +26,7 @@ def test_variants_of_the_network_differ_in_speed_only():
     x, level, guide = torch.randn(1, 6, 12, 12), torch.tensor([0.5]), torch.randn(1, 3, 12, 12)
     results = {}
     for name in NAMES:
-        with benchmark._as(name):
+        with akgm._as(name):
             out = net(x, level, guide)
             results[name] = (out, *torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True))
     expected = results.pop("released formulation")
@@ -38,15 +41,15 @@ def test_variants_of_the_network_differ_in_speed_only():
 def test_a_variant_is_the_implementation_of_its_name(name, monkeypatch):
     if name not in NAMES:
         pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
-    module = benchmark.CHOSEN[name]
+    module = akgm.CHOSEN[name]
     calls = []
     for direction in ("forward", "backward"):
         function = getattr(module, direction)
         monkeypatch.setattr(module, direction, lambda *a, f=function, d=direction: calls.append(d) or f(*a))
-    benchmark._akgm_call(name, 1, 8, 6, True, False)()
+    akgm._akgm_call(name, 1, 8, 6, True, False)()
     assert calls == ["forward", "backward"]
     calls.clear()
-    with benchmark._as(name):
+    with akgm._as(name):
         UCDIRDenoiser(**SMALL)(torch.randn(1, 6, 8, 8)[:, :6], torch.ones(1), torch.randn(1, 3, 8, 8)).sum().backward()
     assert calls.count("forward") == calls.count("backward") > 0
 
@@ -59,29 +62,27 @@ def test_medians_of_alternating_calls(monkeypatch):
         order.append(name)
         clock[0] += next(cost[name])
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    assert benchmark.alternate({n: lambda n=n: call(n) for n in "ab"}, 3) == {"a": 2, "b": 5}
+    monkeypatch.setattr(akgm.time, "perf_counter", lambda: clock[0])
+    assert timing.alternate({n: lambda n=n: call(n) for n in "ab"}, 3) == {"a": 2, "b": 5}
     assert "".join(order) == "abababab"
 
 
 def test_peak_memory_sees_what_the_release_holds():
     """C * N channels and their product with the mix: 16 tensors of C * H * W; the compiled one needs none."""
     size = 4 * 64 * 128 * 128 / 2**20
-    peak = benchmark.peak_memory(benchmark._akgm_call, "released formulation", 1, 64, 128, False, False)
+    peak = timing.peak_memory(akgm._akgm_call, "released formulation", 1, 64, 128, False, False)
     assert 14 * size < peak < 20 * size
     if akgm_compiled.available():
-        assert (
-            benchmark.peak_memory(benchmark._akgm_call, "compiled", 1, 64, 128, False, True) < 2.5 * size
-        )  # with the result
+        assert timing.peak_memory(akgm._akgm_call, "compiled", 1, 64, 128, False, True) < 2.5 * size  # with the result
 
 
 def test_a_table_and_its_picture(tmp_path):
     rows = [{"grows": g, "value": v, "tiled": v / 10, "compiled": v / 20} for g in ("size", "batch") for v in (1, 2)]
-    result = benchmark.result("growth", rows)
-    text = benchmark.table(result)
+    result = timing.result("growth", rows)
+    text = timing.table(result)
     assert "| size | 2 | 0.2 | 0.1 |" in text
     assert json.loads(text.strip().splitlines()[-1])["rows"] == rows
-    benchmark.draw_complexity(result, str(tmp_path / "growth.png"))
+    akgm.draw_complexity(result, str(tmp_path / "growth.png"))
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,23 +100,23 @@ def test_bad_arguments(arguments, message, workplace):
 def test_multiply_adds_are_those_of_the_layers():
     conv, linear = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, 5)
     x = torch.randn(1, 3, 10, 12)
-    found = benchmark_options.macs(lambda: linear(conv(x).movedim(1, -1)))
+    found = benchmark_networks.macs(lambda: linear(conv(x).movedim(1, -1)))
     assert found == 120 * (9 * 3 * 8 + 8 * 5)
     block = AKGBlock(8, 16, emb_dim=6, num_bases=4)
     h, emb, features = torch.randn(1, 8, 10, 12), torch.randn(1, 6), torch.randn(1, 4, 10, 12)
     plain = 120 * (9 * 8 * 16 + 8 * 16) + 6 * 4 + 4 * 4  # first convolution, shortcut, scalars
-    assert benchmark_options.macs(lambda: block(h, emb, features)) == plain + 120 * (9 * 16 * 16 + 16 * 4)
+    assert benchmark_networks.macs(lambda: block(h, emb, features)) == plain + 120 * (9 * 16 * 16 + 16 * 4)
 
 
 def test_the_released_network_costs_what_its_authors_say_and_akgm_what_a_plain_convolution_does():
     """189 and 12 GMACs at 256x256, 97.35 and 7.76 M parameters; AKGM, its guide included, within 2 % (paper, 3.2)."""
     options = ROOT / "options"
-    ours = benchmark_options.costs(benchmark_options.network(str(options / "sid_ucdir.yml")))
+    ours = benchmark_networks.costs(benchmark_networks.network(str(options / "sid_ucdir.yml")))
     assert (ours["parameters M"], ours["predictor M"]) == (97.35, 7.76)
     assert round(ours["predictor GMACs"]) == 12 and abs(ours["GMACs"] - 189) < 0.02 * 189
-    plain = benchmark_options.costs(benchmark_options.network(str(options / "ablation" / "dvsr.yml")))
+    plain = benchmark_networks.costs(benchmark_networks.network(str(options / "ablation" / "dvsr.yml")))
     assert 1 < ours["GMACs"] / plain["GMACs"] < 1.02
-    sr3 = benchmark_options.costs(benchmark_options.network(str(options / "ablation" / "sr3.yml")))
+    sr3 = benchmark_networks.costs(benchmark_networks.network(str(options / "ablation" / "sr3.yml")))
     assert sr3["predictor M"] == sr3["predictor GMACs"] == 0 and sr3["GMACs"] == plain["GMACs"]
 
 
@@ -198,13 +199,13 @@ def test_the_tool_asks_for_what_it_needs(place, measured):
 def test_memory_of_training_is_what_stays_and_what_a_step_adds(workplace, monkeypatch):
     path = workplace.write(TINY)
     monkeypatch.chdir(workplace.folder)
-    call = benchmark_options._training_case(path, 2, 16)
+    call = benchmark_networks._training_case(path, 2, 16)
     call()
     call()  # samples and iterations go on
     asked = []
-    monkeypatch.setattr(benchmark, "peak_memory", lambda *args: asked.append(args[2:]) or 10.0)
-    (result,) = benchmark_options.training_table([path], [2, 4], 16)
-    count = benchmark_options.parameters(benchmark_options.network(path))
+    monkeypatch.setattr(akgm, "peak_memory", lambda *args: asked.append(args[2:]) or 10.0)
+    (result,) = benchmark_networks.training_table([path], [2, 4], 16)
+    count = benchmark_networks.parameters(benchmark_networks.network(path))
     assert asked == [(2, 16), (4, 16)]
     first, second = result["rows"]
     assert first["KB a pixel"] == round((10 - 4 * count / 2**20) * 1024 / 512, 1) == 2 * second["KB a pixel"]

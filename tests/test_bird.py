@@ -7,17 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from ucdir_plugin.diffusion import guidance, samplers, tasks
-from ucdir_plugin.diffusion import kernel as steps
-from ucdir_plugin.diffusion.bird import Solver, log_sigma_schedule
-from ucdir_plugin.diffusion.degradation import BlockMean, ChannelMean, Degradation, HoleMask, Operator, start_kernel
-from ucdir_plugin.diffusion.guidance import AdaptiveScale, FixedScale, LineSearch, Observation
-from ucdir_plugin.diffusion.noise import normal
+from ucdir_plugin.diffusion import samplers
+from ucdir_plugin.diffusion.bird import data_steps, tasks
+from ucdir_plugin.diffusion.bird import kernel_steps as steps
+from ucdir_plugin.diffusion.bird.data_steps import AdaptiveScale, FixedScale, LineSearch, Observation
+from ucdir_plugin.diffusion.bird.degradation import (
+    BlockMean,
+    ChannelMean,
+    Degradation,
+    HoleMask,
+    Operator,
+    start_kernel,
+)
+from ucdir_plugin.diffusion.bird.settings import PRESETS, Settings, ablation
+from ucdir_plugin.diffusion.bird.solver import Solver, log_sigma_schedule
+from ucdir_plugin.diffusion.bird.tasks import TASKS, preset
+from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior
-from ucdir_plugin.diffusion.tasks import PRESETS, TASKS, Settings, ablation, preset
 from ucdir_plugin.diffusion.tiling import receptive_field
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.sampling import image_noise
+from ucdir_plugin.utils.errors import UserError
 
 NOISE = 2 / 255
 
@@ -186,7 +194,7 @@ def posterior_mean(prior, degradation, y):
         return seen * degradation.linear()(spread(adjoint(seen * v))) + NOISE**2 * v
 
     right = seen * ((y + 1) / 2 - degradation(middle))
-    return (middle + spread(adjoint(guidance.conjugate_gradients(normal_equations, right, 400)))) * 2 - 1
+    return (middle + spread(adjoint(data_steps.conjugate_gradients(normal_equations, right, 400)))) * 2 - 1
 
 
 @pytest.mark.parametrize("case", KNOWN_TASKS)
@@ -221,8 +229,8 @@ def test_proximal_step_solves_its_equation():
     x0, y = torch.rand(1, 1, 7, 7).double() * 2 - 1, torch.rand(1, 1, 5, 5).double() * 2 - 1
     observation = Observation(y, d, x0, [(y + 1) / 2])
     step, level = (
-        guidance.Proximal(weight=2.0, noise=0.05, kernel_error=0.3, iterations=80),
-        guidance.Level(0.2, 1.0, 10),
+        data_steps.Proximal(weight=2.0, noise=0.05, kernel_error=0.3, iterations=80),
+        data_steps.Level(0.2, 1.0, 10),
     )
     found = step(x0, [observation, observation], level).x0
     matrix = torch.stack([d.linear()(e.view(1, 1, 7, 7)).flatten() for e in torch.eye(49, dtype=torch.float64)], 1)
@@ -238,7 +246,7 @@ def test_line_search_takes_the_best_step():
     d = Degradation(torch.rand(1, 3, 1, 3, 3).double() / 9)
     x0, y = torch.rand(1, 3, 7, 7).double() * 2 - 1, torch.rand(1, 3, 7, 7).double() * 2 - 1
     observation = Observation(y, d, x0, [(y + 1) / 2])
-    step, level = guidance.Gradient(LineSearch(noise=0.05)), guidance.Level(0.2, 0.3, 10)
+    step, level = data_steps.Gradient(LineSearch(noise=0.05)), data_steps.Level(0.2, 0.3, 10)
     done = step(x0, [observation], level)
 
     def cost(amount):
@@ -256,7 +264,7 @@ def test_eta_is_the_scale_without_the_size():
         d = Degradation(start_kernel(1, 1))
         x0 = torch.zeros(1, 3, size, size)
         observation = Observation(x0 + 0.4, d, x0, [(x0 + 1.4) / 2])
-        done = guidance.Gradient(FixedScale(eta=0.5))(x0, [observation], guidance.Level(0.2, 0.25, 10))
+        done = data_steps.Gradient(FixedScale(eta=0.5))(x0, [observation], data_steps.Level(0.2, 0.25, 10))
         torch.testing.assert_close(done.shift[0].mean(0), torch.full_like(x0, 0.2))  # half of the way, of the mean
         torch.testing.assert_close(done.x0, torch.full_like(x0, 0.8))  # which is s / c1 of x_0
 
@@ -265,7 +273,7 @@ def test_eta_is_the_scale_without_the_size():
 def test_without_guidance_the_process_is_the_samplers(name):
     """The transitions are those of DDPM and DDIM where nothing guides."""
     prior = GaussianPrior.natural(8, 8, 0.35)
-    nothing = guidance.Gradient(FixedScale(0.0))
+    nothing = data_steps.Gradient(FixedScale(0.0))
     y, d = normal((1, 3, 8, 8), "y").tanh(), Degradation(start_kernel(1, 1))
     noise = image_noise(0, ["a"])
     common = {
@@ -505,7 +513,7 @@ def test_the_colour_term_draws_the_channels_together():
     x0 = torch.zeros(1, 3, 4, 4)
     x0[:, 0] = 0.6
     observation = Observation(x0, Degradation(start_kernel(1, 1)), x0, [(x0 + 1) / 2])
-    done = guidance.Gradient(FixedScale(1.0), colour=3.0)(x0, [observation], guidance.Level(0.2, 1.0, 10))
+    done = data_steps.Gradient(FixedScale(1.0), colour=3.0)(x0, [observation], data_steps.Level(0.2, 1.0, 10))
     means = done.x0.mean((0, 2, 3))
     assert means[0] < 0.6
     assert means[1] > 0
@@ -513,7 +521,7 @@ def test_the_colour_term_draws_the_channels_together():
     image = ((x0 + 1) / 2).requires_grad_()
     m = image.mean((2, 3))
     term = (m[:, 0] - m[:, 1]) ** 2 + (m[:, 0] - m[:, 2]) ** 2 + (m[:, 1] - m[:, 2]) ** 2
-    torch.testing.assert_close(guidance._colour_gradient(image.detach()), torch.autograd.grad(term.sum(), image)[0])
+    torch.testing.assert_close(data_steps._colour_gradient(image.detach()), torch.autograd.grad(term.sum(), image)[0])
 
 
 def test_log_spaced_levels():

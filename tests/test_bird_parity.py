@@ -9,11 +9,11 @@ import torch
 from conftest import REFERENCE, reference
 
 from ucdir_plugin.archs import ADMUNet
-from ucdir_plugin.diffusion.bird import Solver
-from ucdir_plugin.diffusion.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.solver import Solver
+from ucdir_plugin.diffusion.bird.tasks import preset
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.diffusion.tasks import preset
-from ucdir_plugin.priors import network_prior
+from ucdir_plugin.zoo.priors import network_prior
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 CONFIG = {

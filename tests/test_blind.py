@@ -17,10 +17,10 @@ from scipy.ndimage import gaussian_filter
 from test_restore import files, read
 
 import ucdir_plugin
-from ucdir_plugin import blind, imageio
 from ucdir_plugin.data import degradations
-from ucdir_plugin.diffusion import guidance
-from ucdir_plugin.diffusion.degradation import (
+from ucdir_plugin.diffusion.bird import data_steps
+from ucdir_plugin.diffusion.bird.data_steps import Observation
+from ucdir_plugin.diffusion.bird.degradation import (
     BlockMean,
     ChannelMean,
     Compose,
@@ -29,13 +29,14 @@ from ucdir_plugin.diffusion.degradation import (
     Operator,
     start_kernel,
 )
-from ucdir_plugin.diffusion.guidance import Observation
-from ucdir_plugin.diffusion.kernel import Gradient, LeastSquares, gaussian_smooth
+from ucdir_plugin.diffusion.bird.kernel_steps import Gradient, LeastSquares, gaussian_smooth
+from ucdir_plugin.diffusion.bird.tasks import TASKS, exposure_gains, preset, unsaturated
 from ucdir_plugin.diffusion.noise import normal
-from ucdir_plugin.diffusion.tasks import TASKS, exposure_gains, preset, unsaturated
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import check_options
+from ucdir_plugin.options.check import check_options
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.restoration import bird, bird_options, companions, load
+from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils.errors import UserError
 
 TEST = {
     "name": "b",
@@ -110,10 +111,10 @@ def test_every_task_from_the_command_line(scene, task):
     assert arrays["sigma"].shape == (2,) and arrays["sigma"][0] > arrays["sigma"][1]
     assert ("mask" in arrays) == TASKS[task].mask
     # The re-degraded output is K * result + M, seen through A, up to the border that is cut off and rounding.
-    image = imageio.to_tensor(imageio.read_photo(f"out/{name}.png", 10**6))
+    image = image_reading.to_tensor(image_reading.read_photo(f"out/{name}.png", 10**6))
     known = None
     if task == "inpaint":
-        known = blind.read_mask("holes.png", truth.shape[:2])
+        known = companions.read_mask("holes.png", truth.shape[:2])
     half = size // 2
     for number, file in enumerate(seen):
         kernel = torch.from_numpy(arrays["kernel"][number])[None].flip(-1, -2)  # saved as a point spread function
@@ -121,7 +122,7 @@ def test_every_task_from_the_command_line(scene, task):
         again = d(image)  # of an exposure also where it is white, and tells nothing
         if "mask" in arrays:
             again = again + torch.from_numpy(arrays["mask"][number])
-        shown = imageio.to_tensor(imageio.read_photo(f"out/{file}", 10**6))
+        shown = image_reading.to_tensor(image_reading.read_photo(f"out/{file}", 10**6))
         assert shown.shape[-2:] == again.shape[-2:]
         inner = (..., slice(half, -half), slice(half, -half))
         error = (shown - again.clamp(0, 1).expand_as(shown))[inner].abs()
@@ -306,7 +307,7 @@ def test_the_python_api(place):
     found = ucdir_plugin.restore("photos/coffee.png", model)
     assert found.learned.kernel[0].shape == (3, 1, 9, 9) and found.image.shape == read("photos/coffee.png").shape
     assert found.initial is None and found.info["nfe"] == 2
-    array = imageio.read_photo("photos/coffee.png", 10**6).pixels
+    array = image_reading.read_photo("photos/coffee.png", 10**6).pixels
     again = ucdir_plugin.restore(array, model, key="coffee.png")
     np.testing.assert_array_equal(again.image, found.image)
     assert ucdir_plugin.restore(array, model, key="other").image.tobytes() != found.image.tobytes()
@@ -322,10 +323,10 @@ def test_colours_start_from_much_noise_where_the_prior_generates(place):
     ok(place.run("convert_weights.py", "--from", "adm", "-opt", "adm.yml", "net.pt", "small.safetensors"))
     ok(run(place, "colorize", "--prior", "small.safetensors"))
     settings = json.loads(Path("out/coffee.json").read_text())["settings"]
-    assert settings["settings"]["sigma_start"] == blind.COLOUR_SIGMA and settings["settings"]["steps"] == 2
+    assert settings["settings"]["sigma_start"] == bird.COLOUR_SIGMA and settings["settings"]["steps"] == 2
     assert settings["tile"] == 32 and settings["weights"] == "small.safetensors"
     model = ucdir_plugin.load_model("bird", bird={"task": "colorize", "prior": "small.safetensors"})
-    assert model.settings.sigma_start == blind.COLOUR_SIGMA and model.steps == blind.COLOUR_STEPS
+    assert model.settings.sigma_start == bird.COLOUR_SIGMA and model.steps == bird.COLOUR_STEPS
     assert ucdir_plugin.load_model("bird", bird={"prior": "small.safetensors"}).settings.sigma_start is None
     ok(run(place, "blind", "--prior", "small.safetensors", "--preset", "guided", target="guided"))
     scales = np.load("guided/coffee.learned.npz")["scale"]
@@ -441,17 +442,21 @@ def test_it_cannot_be_trained(place):
 
 def test_settings_are_changed_by_name():
     base = preset("guided", "blind")
-    new = blind.changed(base, {"steps": 7, "data": {"colour": 0.5, "scale": {"type": "FixedScale", "eta": 0.25}}}, "w")
-    assert new.steps == 7 and new.data.colour == 0.5 and new.data.scale == guidance.FixedScale(None, 0.25)
+    new = bird_options.changed(
+        base, {"steps": 7, "data": {"colour": 0.5, "scale": {"type": "FixedScale", "eta": 0.25}}}, "w"
+    )
+    assert new.steps == 7 and new.data.colour == 0.5 and new.data.scale == data_steps.FixedScale(None, 0.25)
     assert replace(new, steps=base.steps, data=base.data) == base
-    assert blind.changed(preset("default"), {"kernel": {"type": "Gradient", "rate": 0.1}}, "w").kernel == Gradient(0.1)
-    assert blind.changed(preset("default"), {"kernel": {"ridge": 0.1}}, "w").kernel == LeastSquares(ridge=0.1)
+    assert bird_options.changed(
+        preset("default"), {"kernel": {"type": "Gradient", "rate": 0.1}}, "w"
+    ).kernel == Gradient(0.1)
+    assert bird_options.changed(preset("default"), {"kernel": {"ridge": 0.1}}, "w").kernel == LeastSquares(ridge=0.1)
     with pytest.raises(UserError, match="w:data:scale:type"):
-        blind.changed(base, {"data": {"scale": {"type": "Adaptive"}}}, "w")
+        bird_options.changed(base, {"data": {"scale": {"type": "Adaptive"}}}, "w")
 
 
 def test_a_known_blur_is_what_it_says(tmp_path):
-    kernel = blind.known_kernel({"type": "gaussian", "sigma": 1.5})
+    kernel = bird_options.known_kernel({"type": "gaussian", "sigma": 1.5})
     expected = gaussian_filter(np.eye(1, 11 * 11, 60).reshape(11, 11), 1.5, truncate=5 / 1.5 + 0.01)[1:-1, 1:-1]
     assert kernel.shape[-1] == 2 * math.ceil(4.5) + 1
     image = torch.rand(1, 3, 20, 20)
@@ -460,7 +465,7 @@ def test_a_known_blur_is_what_it_says(tmp_path):
     np.testing.assert_allclose(d(image)[0].permute(1, 2, 0).numpy(), want, atol=1e-6)
     assert abs(float(kernel[0, 0, 0, 5, 5]) - expected.max()) < 0.01
     np.save(tmp_path / "k.npy", np.outer([1, 2, 1], [1, 2, 1]))
-    found = blind.known_kernel({"file": str(tmp_path / "k.npy")})
+    found = bird_options.known_kernel({"file": str(tmp_path / "k.npy")})
     torch.testing.assert_close(found[0, 0, 0], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16)
 
 
@@ -471,7 +476,7 @@ def test_kernels_of_files_are_point_spread_functions(place):
     np.save("psf.npy", psf)
     dot = torch.zeros(1, 3, 9, 9)
     dot[..., 4, 4] = 1
-    seen = Degradation(blind.known_kernel({"file": "psf.npy"}), padding="zeros")(dot)
+    seen = Degradation(bird_options.known_kernel({"file": "psf.npy"}), padding="zeros")(dot)
     np.testing.assert_allclose(seen[0, 0, 2:7, 2:7], psf, atol=1e-6)
     model = ucdir_plugin.load_model("bird", bird={"task": "motion", "blur": {"file": "psf.npy"}}, sampling={"steps": 1})
     found = ucdir_plugin.restore("photos/coffee.png", model)
@@ -572,11 +577,11 @@ def test_a_known_blur_restores_better_than_an_unknown_one():
     blur = {"type": "motion", "length": 7, "angle": 0}
     options = {"name": "b", "model_type": "BIRDModel", "bird": {"blur": blur, "task": "motion"}}
     device = torch.device("cpu")
-    y = Degradation(blind.known_kernel(blur))(truth)
+    y = Degradation(bird_options.known_kernel(blur))(truth)
 
     def error(changes: dict) -> float:
         opt = check_options(merged(options, {"bird": changes}), False)
-        found = blind.from_options(opt, device).solve([y], ["a"])
+        found = load.from_options(opt, device).solve([y], ["a"])
         return float(((found.image + 1) / 2 - truth)[..., 8:-8, 8:-8].square().mean() ** 0.5)
 
     assert error({}) < error({"blur": None})
@@ -612,10 +617,10 @@ def test_a_dark_image_is_guided_as_a_bright_one():
     torch.manual_seed(0)
     x0, kernel = torch.rand(1, 3, 12, 12).double() * 2 - 1, start_kernel(1, 5, "gaussian").double()
     y = torch.rand(1, 3, 12, 12).double()
-    level, found = guidance.Level(0.1, 1.0, 10), []
+    level, found = data_steps.Level(0.1, 1.0, 10), []
     for gain in (1.0, 0.1):
         d = Degradation(kernel * gain)
-        step = guidance.Proximal(noise=0.01 * gain, kernel_error=0.3, iterations=40)
+        step = data_steps.Proximal(noise=0.01 * gain, kernel_error=0.3, iterations=40)
         found.append(step(x0, [Observation(y * gain * 2 - 1, d, x0, [y * gain])], level).x0)
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 

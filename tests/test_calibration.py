@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import RESTORING, assert_one_line_error, merged
+from ucdir_cli.benchmarks import calibration as benchmark_calibration
 
-from ucdir_plugin import benchmark_calibration
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 DEVIATION = 0.1  # of the residual, in [-1, 1] units
 PAIRS = {"name": "pairs", "type": "PairedRestorationDataset", "dataroot_lq": "lq", "dataroot_gt": "gt"}

@@ -12,7 +12,7 @@ from basicsr.metrics import calculate_niqe
 from basicsr.models.base_model import BaseModel
 from conftest import PHOTOS
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 
 def model_with(scheduler, lr=1.0):

@@ -15,11 +15,14 @@ from conftest import RESTORING, TINY, TINY_DENOISER, TINY_PREDICTOR, assert_one_
 from torch.utils.data import default_collate
 
 import ucdir_plugin
-from ucdir_plugin import conditions, sampling
 from ucdir_plugin.archs import UCDIR, UCDIRDenoiser
+from ucdir_plugin.diffusion import conditions
+from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import SamplingOptions, check_options
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.options.schema import SamplingOptions
+from ucdir_plugin.restoration import sampling
+from ucdir_plugin.utils.errors import UserError
 
 DECLARED = {
     "quality": {"range": [1, 101], "drop": 0.25},
@@ -205,7 +208,7 @@ def test_sampling_hears_them(tiles):
 
     def run(*values):
         count = len(values)
-        noise = sampling.image_noise(0, ["a"] * count)
+        noise = image_noise(0, ["a"] * count)
         told = torch.tensor(values).unsqueeze(1)
         return sampling.restore(net, lq[:count], schedule, options, noise, condition=told)[1]
 

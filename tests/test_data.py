@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.degradations import jpeg
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 
 def photo(height=20, width=24, seed=0):

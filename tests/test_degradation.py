@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ucdir_plugin.diffusion import kernel as steps
-from ucdir_plugin.diffusion.degradation import (
+from ucdir_plugin.diffusion.bird import kernel_steps as steps
+from ucdir_plugin.diffusion.bird.degradation import (
     BlockMean,
     ChannelMean,
     Compose,
@@ -19,7 +19,7 @@ from ucdir_plugin.diffusion.degradation import (
     project_simplex,
     start_kernel,
 )
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 
 def kernels(batch, size, mixing=False):

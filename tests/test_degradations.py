@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 
 from ucdir_plugin.data import degradations
 from ucdir_plugin.data.loader import KeyedDataset
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import check_options
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.utils.errors import UserError
 
 
 def rng(seed=0):

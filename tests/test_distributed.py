@@ -12,12 +12,12 @@ from test_tools import TORCHRUN
 SCRIPT = """
 import os, sys, json, torch
 torch.set_num_threads(1)
-from ucdir_plugin.errors import run_cli
+from ucdir_plugin.utils.errors import run_cli
 from basicsr.models import build_model
 from basicsr.utils.dist_util import get_dist_info
 from ucdir_plugin import compat
-from ucdir_plugin.engine import seed_everything
-from ucdir_plugin.options import check_options
+from ucdir_plugin.training.loop import seed_everything
+from ucdir_plugin.options.check import check_options
 
 options, out, distributed = json.load(open(sys.argv[1])), sys.argv[2], "RANK" in os.environ
 if distributed:
@@ -71,7 +71,7 @@ def test_bad_input_on_several_processes(workplace):
 
 LEAVING = """
 import atexit, os, sys, torch.distributed
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.utils.errors import UserError, run_cli
 
 class Late:
     def __del__(self):

@@ -13,14 +13,16 @@ from skimage import data
 from test_metrics import needs
 from test_tools import TORCHRUN
 
-from ucdir_plugin import report
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.evaluation import Evaluation, for_basicsr_loop, measure
+from ucdir_plugin.evaluation import tables as result_tables
+from ucdir_plugin.evaluation.measure import Evaluation, for_basicsr_loop, measure
 from ucdir_plugin.metrics import distances, features, perceptual, protocol
+from ucdir_plugin.metrics.features import _NETWORKS, FeatureNetwork, feature_network
 from ucdir_plugin.metrics.images import described
-from ucdir_plugin.options import check_options
+from ucdir_plugin.options.check import check_options
 from ucdir_plugin.registry import METRIC_REGISTRY
-from ucdir_plugin.weights import WeightsFile, sha256_of
+from ucdir_plugin.utils.downloads import WeightsFile
+from ucdir_plugin.utils.errors import NotAvailable, UserError
+from ucdir_plugin.utils.files import sha256_of
 
 METRICS = {
     "psnr": {"type": "calculate_psnr", "crop_border": 0},
@@ -34,16 +36,16 @@ METRICS = {
 @pytest.fixture(autouse=True)
 def colours(monkeypatch):
     """A feature network of 4 x 4 mean colours, and how often it was asked."""
-    monkeypatch.setattr(features, "_NETWORKS", dict(features._NETWORKS))
+    monkeypatch.setattr(features, "_NETWORKS", dict(_NETWORKS))
     asked = []
 
-    @features.feature_network("colours", lambda weights_dir: {"network": "Colours (48)", "weights": {}})
+    @feature_network("colours", lambda weights_dir: {"network": "Colours (48)", "weights": {}})
     def network(weights_dir=None):
         def forward(x):
             asked.append(len(x))
             return x.flatten(1)
 
-        return features.FeatureNetwork(4, forward)
+        return FeatureNetwork(4, forward)
 
     return asked
 
@@ -90,7 +92,7 @@ def test_rows_sets_and_means(images, colours):
     assert (fid["patches"], fid["images"], fid["left_out"]) == (22, 2, 1)
     assert results.sets["input"]["fid"]["value"] > fid["value"]
     summary = results.summary()["restored"]
-    assert (summary["fid"], summary["psnr"]) == (fid["value"], report.means(results.rows)["restored"]["psnr"])
+    assert (summary["fid"], summary["psnr"]) == (fid["value"], result_tables.means(results.rows)["restored"]["psnr"])
 
 
 def test_shares_of_several_processes_give_the_same(images, monkeypatch):
@@ -99,10 +101,10 @@ def test_shares_of_several_processes_give_the_same(images, monkeypatch):
     whole = evaluated(images).results()
     parts = [evaluated({k: images[k] for k in keys}) for keys in (("a.png",), ("c.png",), ("b.png",))]
     parts[0].merge([part.share() for part in parts[1:]])
-    assert report.as_data(parts[0].results(), {}) == report.as_data(whole, {})
+    assert result_tables.as_data(parts[0].results(), {}) == result_tables.as_data(whole, {})
     empty = Evaluation(METRICS)  # more processes than images
     empty.merge([evaluated(images).share()])
-    assert report.as_data(empty.results(), {}) == report.as_data(whole, {})
+    assert result_tables.as_data(empty.results(), {}) == result_tables.as_data(whole, {})
 
 
 def test_a_metric_that_one_process_lacks(images, monkeypatch):
@@ -134,9 +136,9 @@ def test_what_is_not_available_goes_missing_alone(images, caplog, monkeypatch):
     assert "put inception-2015-12-05.pt" in results.unavailable["fid"]
     assert results.unavailable["broken"] == "its package is broken"
     assert "metric lpips is not available: put alexnet" in caplog.text
-    table = report.markdown_table(results)
+    table = result_tables.markdown_table(results)
     assert "- fid: not available: put inception-2015-12-05.pt" in table
-    assert json.loads(json.dumps(report.as_data(results, {})))["unavailable"] == results.unavailable
+    assert json.loads(json.dumps(result_tables.as_data(results, {})))["unavailable"] == results.unavailable
 
 
 def test_downloads_only_what_is_asked_for(images, tmp_path, monkeypatch):
@@ -178,7 +180,7 @@ def test_one_image_of_one_patch_and_equal_images(images):
     results = evaluation.results()
     assert results.sets["restored"]["fid"]["value"] is None
     assert results.sets["restored"]["kid"]["reason"] == "KID needs two patches, there is 1"
-    assert "not measurable" in report.markdown_table(results)
+    assert "not measurable" in result_tables.markdown_table(results)
     same = evaluated({"b.png": (truth, truth, truth)}).results()
     assert same.summary()["restored"]["psnr"] == float("inf")
     assert same.sets["restored"]["fid"]["value"] == pytest.approx(0, abs=1e-9)
@@ -190,7 +192,7 @@ def test_one_image_of_one_patch_and_equal_images(images):
 def test_tables(images, tmp_path):
     truth = images["b.png"][2]
     results = evaluated({**images, "same.png": (truth, truth, truth)}).results()
-    report.write_tables(results, str(tmp_path / "m"), {"name": "run"})
+    result_tables.write_tables(results, str(tmp_path / "m"), {"name": "run"})
     stored = json.loads(
         (tmp_path / "m.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
@@ -231,14 +233,14 @@ def test_stamps_tell_protocols_apart():
         {"psnr": luma, "fidelity": fid[0], "niqe": niqe},
         {"quality": {**psnr, "better": "lower"}, "fid": fid[1]},
     ]
-    assert report.columns(runs) == [
+    assert result_tables.columns(runs) == [
         ("PSNR (crop_border 0, colour RGB)", ["psnr", None, "quality"]),
         (f"FID (Colours) (patches {fid[0]['patches']})", ["fid", "fidelity", None]),
         ("PSNR (crop_border 4, colour Y of YCbCr (BT.601))", [None, "psnr", None]),
         ("NIQE", [None, "niqe", None]),
         (f"FID (Colours) (patches {fid[1]['patches']})", [None, None, "fid"]),
     ]
-    twice = report.columns([{"psnr": psnr, "again": psnr}, {"psnr": psnr}])
+    twice = result_tables.columns([{"psnr": psnr, "again": psnr}, {"psnr": psnr}])
     assert [names for _, names in twice] == [["psnr", "psnr"], ["again", None]]
 
 

@@ -33,10 +33,11 @@ from test_imageio import (
     wide,
 )
 
-from ucdir_plugin import imageio, memory
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import decode_image, encode_result, image_size, read_photo, to_tensor
+from ucdir_plugin.utils import image_reading, memory
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import decode_image, image_size, read_photo, to_tensor
+from ucdir_plugin.utils.image_writing import encode_result
 
 ALL = {**KINDS, **LOSSY}
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def look(content, path):
     except UserError as err:
         data = err
     try:
-        photo = read_photo(str(path), imageio.MAX_PIXELS)
+        photo = read_photo(str(path), image_reading.MAX_PIXELS)
     except UserError as err:
         one_line(err, path)
         # Of alpha the datasets know nothing: where only that is wrong, they read on.
@@ -95,7 +96,7 @@ def look(content, path):
 
 def photo_alone(content):
     """TIFFs with alpha have a reader of their own (test_colours_under_alpha_in_a_tiff)."""
-    return imageio.read_header(io.BytesIO(content)).alpha
+    return image_reading.read_header(io.BytesIO(content)).alpha
 
 
 def one_line(err, path):
@@ -440,7 +441,7 @@ def test_a_name_too_long_for_its_results_fails_alone(place):
     "record", [b"[" * 10**5, b"{", b"1" * 5000, b"\xff", b'{"input": "a.png", "outputs": ["../../x"], "settings": 1}']
 )
 def test_records_of_any_kind_beside_results(tmp_path, record):
-    from ucdir_plugin.pipeline import read_record
+    from ucdir_plugin.restoration.jobs import read_record
 
     (tmp_path / "a.json").write_bytes(record)
     found = read_record(str(tmp_path / "a"))
@@ -568,7 +569,7 @@ def archive(folder, good):
         Path(f"{folder}/{name}").write_bytes(content)
         if fine is None:
             try:
-                read_photo(f"{folder}/{name}", imageio.MAX_PIXELS)
+                read_photo(f"{folder}/{name}", image_reading.MAX_PIXELS)
                 fine = True
             except UserError:
                 fine = False
@@ -685,7 +686,7 @@ def test_bad_files_through_the_other_tools(place, record_property):
 
 def test_pictures_of_a_stopped_run_that_are_damaged(tmp_path):
     """What a run keeps until its tables are written is made again where it cannot be read."""
-    from ucdir_plugin.report_html import Store
+    from ucdir_plugin.evaluation.report import Store
 
     store = Store(str(tmp_path))
     image = rgb(noise())

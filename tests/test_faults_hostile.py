@@ -17,15 +17,19 @@ from conftest import RESTORING, TINY, assert_one_line_error, merged
 from safetensors.torch import save, save_file
 from test_faults_files import forked
 
-from ucdir_plugin import blind, weights
-from ucdir_plugin.checkpoint import find_resume_state
-from ucdir_plugin.errors import UserError, printable
-from ucdir_plugin.options import apply_overrides, check_options, load_options, read_options, read_yaml
-from ucdir_plugin.priors import load_diffusers, load_prior
+from ucdir_plugin.archs.sizing import check_network
+from ucdir_plugin.options.check import check_options, load_options
+from ucdir_plugin.options.reading import apply_overrides, read_options, read_yaml
 from ucdir_plugin.registry import names
-from ucdir_plugin.restorer import load_model
-from ucdir_plugin.sizing import check_network, check_options_fit
-from ucdir_plugin.weights import HEADER, read_checkpoint
+from ucdir_plugin.restoration import bird_options
+from ucdir_plugin.restoration.load import load_model
+from ucdir_plugin.training.setup import check_options_fit
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.errors import UserError, printable
+from ucdir_plugin.utils.training_states import find_resume_state
+from ucdir_plugin.zoo import convert
+from ucdir_plugin.zoo.model_files import HEADER
+from ucdir_plugin.zoo.priors import load_diffusers, load_prior
 
 CANARY = "canary"
 """A file that hostile code would make in the working directory."""
@@ -87,8 +91,8 @@ def loaders(path):
         "prior": lambda: load_prior(path),
         "model with options": lambda: load_model("options.yml", path),
         "resume": lambda: find_resume_state(resume),
-        "conversion": lambda: weights.convert_ucdir(path, "out.pth"),
-        "conversion of a prior": lambda: weights.convert_adm(path, "out.safetensors"),
+        "conversion": lambda: convert.convert_ucdir(path, "out.pth"),
+        "conversion of a prior": lambda: convert.convert_adm(path, "out.safetensors"),
     }
 
 
@@ -125,7 +129,7 @@ def test_pickles_run_no_code(here, how, form):
     np.save("objects.npy", np.array([[Hostile(how)]], dtype=object), allow_pickle=True)
     for name in ("k.npy", "objects.npy"):
         with pytest.raises(UserError, match="cannot be read|real numbers"):
-            blind.known_kernel({"file": name})
+            bird_options.known_kernel({"file": name})
     assert not os.path.exists(CANARY)
 
 
@@ -272,7 +276,7 @@ def test_folders_of_diffusers(here, name):
      {"num_train_timesteps": float("inf")}, {"beta_start": float("nan")}, {"beta_schedule": ["x"]}],
 )  # fmt: skip
 def test_schedules_of_diffusers(scheduler):
-    from ucdir_plugin.priors import schedule_of
+    from ucdir_plugin.zoo.priors import schedule_of
 
     with pytest.raises(UserError):
         schedule_of(scheduler, "here")
@@ -300,7 +304,7 @@ def npy(kind, shape, body=b""):
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_files(here, name):
     Path("k.npy").write_bytes(KERNELS[name]())
-    err, peak, _ = forked(blind.known_kernel, {"file": "k.npy"})
+    err, peak, _ = forked(bird_options.known_kernel, {"file": "k.npy"})
     assert isinstance(err, UserError) and len(str(err).splitlines()) == 1 and peak < 2**28, err
 
 
@@ -317,7 +321,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_to_compare(here, name):
-    from ucdir_plugin.compare import read_runs
+    from ucdir_plugin.evaluation.compare import read_runs
 
     for run in ("a", "b"):
         os.mkdir(run)
@@ -459,17 +463,16 @@ def test_what_is_printed_steers_no_terminal():
 
 
 def test_a_report_runs_no_script_of_a_name(tmp_path):
-    from ucdir_plugin import report, report_html
+    from ucdir_plugin.evaluation import report, tables
 
     key = "</script><script>alert(1)</script>.png"
-    results = report.Results([{"image": key, "metrics": {"restored": {"psnr": 1.0}}}], {}, {}, {}, {})
-    report_html.write_report(results, tmp_path / "r.html", {"name": key, "dataset": "<b>"})
+    results = tables.Results([{"image": key, "metrics": {"restored": {"psnr": 1.0}}}], {}, {}, {}, {})
+    report.write_report(results, tmp_path / "r.html", {"name": key, "dataset": "<b>"})
     text = (tmp_path / "r.html").read_text()
     assert (
         "alert(1)" in text
         and "<script>alert" not in text
-        and text.count("</script>")
-        == (Path(report_html.__file__).parent / "report.html").read_text().count("</script>")
+        and text.count("</script>") == (Path(report.__file__).parent / "report.html").read_text().count("</script>")
     )
 
 
@@ -498,8 +501,8 @@ def test_networks_that_no_memory_holds(name):
 
 
 def test_the_estimate_is_the_networks_size(monkeypatch):
-    from ucdir_plugin import memory
     from ucdir_plugin.registry import build_arch
+    from ucdir_plugin.utils import memory
 
     state = torch.get_rng_state()
     for cfg in (U, {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8}, SWIN):
@@ -596,8 +599,8 @@ def test_every_arch_can_be_estimated_or_is_built_as_it_is(record_property):
     """Which of the registered archs the meta device takes, with their defaults."""
     import inspect
 
+    from ucdir_plugin.archs.sizing import count_parameters
     from ucdir_plugin.registry import lookup
-    from ucdir_plugin.sizing import count_parameters
 
     known = {"num_in_ch": 3, "num_out_ch": 3, "in_channels": 3, "mid_channels": 8, "out_channels": 3, "num_feat": 8,
              "out_size": 64, "denoiser": {"type": "UCDIRDenoiser"}, "predictor": {"type": "SIDUNet"}}  # fmt: skip

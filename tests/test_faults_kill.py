@@ -30,10 +30,14 @@ from test_restore import files, run
 from test_sharding import contents, free_port, records, slurm, wait_until
 from test_tools import assert_same, final_state
 
-from ucdir_plugin import checkpoint, engine, errors, pipeline, validation
 from ucdir_plugin.data import jpeg_dataset
+from ucdir_plugin.evaluation import tables
 from ucdir_plugin.models.ucdir_model import UCDIRModel
-from ucdir_plugin.weights import read_checkpoint
+from ucdir_plugin.restoration import folder as restore_folder
+from ucdir_plugin.restoration import jobs
+from ucdir_plugin.training import loop, validation
+from ucdir_plugin.utils import cli, training_states
+from ucdir_plugin.utils.checkpoints import read_checkpoint
 
 TOTAL = 8
 OPTIONS = merged(
@@ -63,14 +67,14 @@ def half(obj, file) -> None:
 SAVE = torch.save
 PLACES = {
     "step": (torch.optim.AdamW, "step"),
-    "save": (checkpoint.torch, "save"),
+    "save": (training_states.torch, "save"),
     "fsync": (os, "fsync"),
     "replace": (os, "replace"),
     "latest": (UCDIRModel, "save_network"),
     "restoring": (UCDIRModel, "test"),
     "picture": (validation, "write_image"),
-    "table": (engine.report, "write_tables"),
-    "leftovers": (engine, "remove_leftovers"),
+    "table": (tables, "write_tables"),
+    "leftovers": (loop, "remove_leftovers"),
     "read": (jpeg_dataset.JPEGDataset, "__getitem__"),
 }
 
@@ -314,7 +318,7 @@ def test_two_processes_that_validate_are_stopped(workplace):
 
 def worker_killed(iteration: int) -> None:
     """In a step: torch raises there, wherever the process is."""
-    start, step = engine.CPUPrefetcher.__init__, UCDIRModel.optimize_parameters
+    start, step = loop.CPUPrefetcher.__init__, UCDIRModel.optimize_parameters
     workers = []
 
     def started(self, data):
@@ -327,7 +331,7 @@ def worker_killed(iteration: int) -> None:
             time.sleep(30)
         return step(self, current_iter)
 
-    engine.CPUPrefetcher.__init__ = started
+    loop.CPUPrefetcher.__init__ = started
     UCDIRModel.optimize_parameters = stepped
 
 
@@ -357,7 +361,7 @@ def finished(folder: str) -> dict[str, tuple[int, int]]:
     found = {}
     for name in files(folder) if os.path.isdir(folder) else ():
         if name.endswith(".json") and not name.startswith("."):
-            record = pipeline.read_record(os.path.join(folder, name[:-5]))
+            record = jobs.read_record(os.path.join(folder, name[:-5]))
             names = [name, *record["outputs"]]
             if all(os.path.exists(os.path.join(folder, n)) for n in names):
                 states = [os.stat(os.path.join(folder, n)) for n in names]
@@ -419,8 +423,8 @@ def counting(start: str, last: int, log: str) -> None:
 
     Calls and returns are counted, Python's and C's, of all threads; with ``last`` 0 all, and their number is written.
     """
-    owner, name = {"train": (engine, "Stop"), "restore": (pipeline, "_Writer")}[start]
-    begin, end, count = getattr(owner, name), errors.run_cli, [0]
+    owner, name = {"train": (loop, "Stop"), "restore": (restore_folder, "_Writer")}[start]
+    begin, end, count = getattr(owner, name), cli.run_cli, [0]
     places = {"validate": "validating", "optimize_parameters": "in a step", "next": "reading images"}
     places["_restore_one"] = "restoring"
     places.update(dict.fromkeys(("save", "atomic_write", "finish", "write"), "saving"))
@@ -447,7 +451,7 @@ def counting(start: str, last: int, log: str) -> None:
         return code
 
     setattr(owner, name, begun)
-    errors.run_cli = ended
+    cli.run_cli = ended
 
 
 @pytest.mark.campaign

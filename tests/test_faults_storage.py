@@ -26,12 +26,14 @@ from test_restore import files, run
 from test_sharding import wait_until
 
 import ucdir_plugin
-from ucdir_plugin import engine, pipeline, validation
 from ucdir_plugin.data import jpeg_dataset, preparation
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
-from ucdir_plugin.errors import UserError, WriteError
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.weights import read_checkpoint
+from ucdir_plugin.restoration import folder as restore_folder
+from ucdir_plugin.training import setup, stops
+from ucdir_plugin.utils import image_writing
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.errors import UserError, WriteError
+from ucdir_plugin.utils.files import write_atomically
 
 
 def mount(folder: Path, options: str) -> None:
@@ -74,7 +76,7 @@ def fill(folder: str) -> None:
 
 def full_at_a_picture(folder: str) -> None:
     """The disk becomes full when the second picture is written."""
-    write, calls = validation.write_image, [0]
+    write, calls = image_writing.write_image, [0]
 
     def replaced(*args):
         calls[0] += 1
@@ -82,11 +84,11 @@ def full_at_a_picture(folder: str) -> None:
             fill(folder)
         return write(*args)
 
-    validation.write_image = replaced
+    image_writing.write_image = replaced
 
 
 def test_a_log_that_cannot_be_written_is_said_once(capsys):
-    handler, logger = engine.LogFile("/dev/full"), logging.Logger("full")
+    handler, logger = setup.LogFile("/dev/full"), logging.Logger("full")
     logger.addHandler(handler)
     for i in range(3):
         logger.info(f"line {i}")
@@ -128,14 +130,14 @@ def test_a_training_on_a_disk_that_fills_up(undisturbed, workplace, disk):
 
 def limited(iteration: int, size: int) -> None:
     """From an iteration on no file can be longer than ``size``."""
-    step = engine.FiniteLosses.look
+    step = stops.FiniteLosses.look
 
     def replaced(self, model, now):
         if now == iteration:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return step(self, model, now)
 
-    engine.FiniteLosses.look = replaced
+    stops.FiniteLosses.look = replaced
 
 
 @pytest.mark.parametrize("which", ["basicsr", "mmengine"])
@@ -239,16 +241,16 @@ def test_a_full_disk_at_each_file_of_an_image(place, monkeypatch, name):
     cv2.imwrite("small/a.png", cv2.imread("photos/coffee.png")[:16, :16])
     few = {"bird": {"task": "deblur"}, "sampling": {"steps": 1}} if name == "bird" else {}
     model = ucdir_plugin.load_model(name, **few)
-    assert pipeline.restore_files(model, "small", "one") == 0
+    assert restore_folder.restore_files(model, "small", "one") == 0
     count = len(files("one"))
     for call in range(1, count + 1):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", os.fsync)
             full_disk(call)
             with pytest.raises(WriteError, match="No space left on device .*MB free.*what is finished is kept"):
-                pipeline.restore_files(model, "small", "out")
+                restore_folder.restore_files(model, "small", "out")
         assert files("out") == []
-    assert pipeline.restore_files(model, "small", "out") == 0
+    assert restore_folder.restore_files(model, "small", "out") == 0
     assert_whole(place, "out", "one", {})
     assert files("out") == files("one")
 
@@ -345,7 +347,7 @@ def test_photographs_that_go_away(place):
 
 
 def photos_vanish() -> None:
-    read, left = pipeline.imageio.read_photo, [3]
+    read, left = restore_folder.image_reading.read_photo, [3]
 
     def replaced(*args):
         left[0] -= 1
@@ -353,7 +355,7 @@ def photos_vanish() -> None:
             os.rename("photos", "away")
         return read(*args)
 
-    pipeline.imageio.read_photo = replaced
+    restore_folder.image_reading.read_photo = replaced
 
 
 # LMDBs

@@ -6,10 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.files import atomic_write, write_atomically
-from ucdir_plugin.report import write_text
-from ucdir_plugin.validation import write_image
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import atomic_write, write_atomically, write_text
+from ucdir_plugin.utils.image_writing import write_image
 
 
 def test_a_file_appears_with_all_its_content(tmp_path):

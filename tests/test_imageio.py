@@ -15,18 +15,10 @@ import torch
 from basicsr.utils import imfrombytes, img2tensor, tensor2img
 from PIL import Image, ImageCms, ImageOps, JpegImagePlugin
 
-from ucdir_plugin import imageio
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import (
-    Photo,
-    check_output,
-    decode_image,
-    encode_result,
-    image_size,
-    list_images,
-    read_photo,
-    to_tensor,
-)
+from ucdir_plugin.utils import image_reading, image_writing
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import Photo, decode_image, image_size, list_images, read_photo, to_tensor
+from ucdir_plugin.utils.image_writing import check_output, encode_result
 
 LIMIT = 10**8
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -508,7 +500,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
     def decoded(*_):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(imageio.cv2, "imdecode", decoded)
+    monkeypatch.setattr(image_reading.cv2, "imdecode", decoded)
     monkeypatch.setattr(Image.Image, "convert", decoded)
     for name, content in contents.items():
         path = tmp_path / f"{name}.bin"
@@ -546,7 +538,7 @@ def test_the_size_of_a_bomb_is_known_without_decoding(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png_header(40000, 50000))
     with pytest.raises(UserError, match=r"bomb.png is larger than OpenCV reads: .*OPENCV_IO_MAX_IMAGE_PIXELS"):
         read_photo(str(tmp_path / "bomb.png"), 2**40)
-    monkeypatch.setattr(imageio.cv2, "imdecode", None)
+    monkeypatch.setattr(image_reading.cv2, "imdecode", None)
     assert image_size(str(tmp_path / "bomb.png")) == (50000, 40000)
     with pytest.raises(UserError, match=r"has 40000x50000 = 2000000000 pixels, more than the limit of 1000000;"):
         read_photo(str(tmp_path / "bomb.png"), 10**6)
@@ -643,8 +635,8 @@ def test_alpha_that_opencv_does_not_find_is_refused(tmp_path):
 
 
 def test_a_header_that_lies_about_the_size_is_refused(tmp_path, monkeypatch):
-    read_header = imageio.read_header
-    monkeypatch.setattr(imageio, "read_header", lambda file: dataclasses.replace(read_header(file), width=23))
+    read_header = image_reading.read_header
+    monkeypatch.setattr(image_reading, "read_header", lambda file: dataclasses.replace(read_header(file), width=23))
     for name in ("PNG RGB", "TIFF RGBA"):
         with pytest.raises(UserError, match="image.bin cannot be decoded: it has another size than its header says"):
             read(tmp_path, KINDS[name](noise(20, 24))[0])
@@ -659,7 +651,7 @@ def test_other_kinds_are_refused_by_name(tmp_path):
 def test_many_strips_make_one_image(tmp_path):
     """More pixels than a strip has, and a remainder."""
     image = np.resize(noise(53, 61), (1031, 1033, 4))
-    assert len(list(imageio._strips(1031, 1033))) == 2
+    assert len(list(image_reading._strips(1031, 1033))) == 2
     for pixels, transparency, is_gray in ((rgb(image), None, False), (rgb(wide(image)), alpha(wide(image)), False)):
         content = encoded(pixels if transparency is None else wide(image))
         photo = read(tmp_path, content)
@@ -696,7 +688,7 @@ def test_no_second_image_is_held(tmp_path):
         tensor = to_tensor(photo)
         assert tracemalloc.get_traced_memory()[1] < 1.8 * size  # as float it would be 5
         tracemalloc.reset_peak()
-        imageio._quantized(tensor[0], photo, 1)
+        image_writing._quantized(tensor[0], photo, 1)
         assert tracemalloc.get_traced_memory()[1] < 2.8 * size
     finally:
         tracemalloc.stop()

@@ -16,11 +16,13 @@ import pytest
 import torch
 from conftest import PHOTOS, RESTORING, TINY, merged
 
-from ucdir_plugin import engine, imageio, pipeline
 from ucdir_plugin.archs import UCDIR
-from ucdir_plugin.files import write_atomically
 from ucdir_plugin.models import UCDIRModel
-from ucdir_plugin.restorer import load_model
+from ucdir_plugin.restoration import folder
+from ucdir_plugin.restoration.load import load_model
+from ucdir_plugin.training import loop, setup
+from ucdir_plugin.utils import image_writing
+from ucdir_plugin.utils.files import write_atomically
 
 SMALL = {
     "denoiser": {"inner_channel": 4, "channel_mults": [1], "num_bases": 2},
@@ -130,8 +132,8 @@ def test_training(long, workplace, monkeypatch, record_property):
     (workplace.folder / "photos/chelsea.png").rename(workplace.folder / "one/chelsea.png")
     monkeypatch.chdir(workplace.folder)
     samples = watch(monkeypatch, UCDIRModel, "optimize_parameters", 100 if long else 10)
-    args = engine.parse_args("", ["-opt", workplace.write(options)])
-    assert engine.train(args) == 0
+    args = setup.parse_args("", ["-opt", workplace.write(options)])
+    assert loop.train(args) == 0
     assert samples[-1].step == count
     judge(samples, "step", long, record_property)
 
@@ -150,15 +152,15 @@ def test_restoring(long, workplace, monkeypatch, record_property):
         write_atomically(cv2.imencode(".png", view)[1].tobytes(), workplace.folder / "many" / f"{number:04}.png")
     monkeypatch.chdir(workplace.folder)
     model = load_model(workplace.write(options))
-    samples = watch(monkeypatch, imageio, "encode_result", 10 if long else 2)
+    samples = watch(monkeypatch, image_writing, "encode_result", 10 if long else 2)
     if not long:  # few samples: what the next image, computed meanwhile, holds at that moment is chance
-        submit = pipeline._Writer.submit
+        submit = folder._Writer.submit
 
         def settled(writer: Any, *args: Any) -> None:
             submit(writer, *args)
             writer.wait()
 
-        monkeypatch.setattr(pipeline._Writer, "submit", settled)
-    assert pipeline.restore_files(model, "many", "restored") == 0
+        monkeypatch.setattr(folder._Writer, "submit", settled)
+    assert folder.restore_files(model, "many", "restored") == 0
     assert samples[-1].step == count
     judge(samples, "image", long, record_property)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from basicsr.losses import build_loss
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 
 def setup_function():

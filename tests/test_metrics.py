@@ -20,11 +20,12 @@ from torch import nn
 import ucdir_plugin
 from ucdir_plugin import metrics
 from ucdir_plugin.diffusion.tiling import Grid, borders_in_image, grid_of
-from ucdir_plugin.errors import NotAvailable, NotMeasurable, UserError
 from ucdir_plugin.metrics import distances, features, perception, perceptual, protocol, seam_score
 from ucdir_plugin.metrics.order import lightness_order_error
-from ucdir_plugin.options import SamplingOptions
-from ucdir_plugin.weights import WeightsFile, sha256_of
+from ucdir_plugin.options.schema import SamplingOptions
+from ucdir_plugin.utils.downloads import WeightsFile
+from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, UserError
+from ucdir_plugin.utils.files import sha256_of
 
 
 def needs(package):

@@ -21,16 +21,17 @@ from test_sharding import free_port, slurm, wait_until
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ucdir_plugin import engine, registry
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.mm import engine as mm_engine
+from ucdir_plugin import registry
+from ucdir_plugin.mm import runner as mm_engine
 from ucdir_plugin.mm.data import KeyedSampler
-from ucdir_plugin.mm.engine import told
 from ucdir_plugin.mm.hooks import AverageHook
 from ucdir_plugin.mm.loops import KeyedTrainLoop
-from ucdir_plugin.options import check_options, load_options
-from ucdir_plugin.training import parts_of
-from ucdir_plugin.weights import choose_state, read_checkpoint
+from ucdir_plugin.mm.runner import told
+from ucdir_plugin.options.check import check_options, load_options
+from ucdir_plugin.training import setup
+from ucdir_plugin.training.steps import parts_of
+from ucdir_plugin.utils.checkpoints import choose_state, read_checkpoint
+from ucdir_plugin.utils.errors import UserError
 
 MM = merged(TINY, {"name": "mm", "engine": "mmengine"})
 SGD = {"train": {"optim_g": {"type": "SGD", "lr": 0.1}, "scheduler": None, "warmup_iter": -1}}
@@ -314,12 +315,12 @@ def test_one_process_takes_one_gpu_and_the_whole_batch(workplace, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     total = {"datasets": {"train": {"batch_size_per_gpu": None, "batch_size_total": 4}}}
-    args = engine.parse_args("", ["-opt", workplace.write(merged(MM, total))])
-    opt = engine.setup(args, is_train=True)
+    args = setup.parse_args("", ["-opt", workplace.write(merged(MM, total))])
+    opt = setup.setup(args, is_train=True)
     assert opt["num_gpu"] == 1 and opt["datasets"]["train"]["batch_size_per_gpu"] == 4
     args.force_yml = ["num_gpu=2"]
     with pytest.raises(UserError, match="num_gpu: 2: a process of MMEngine uses one GPU"):
-        engine.setup(args, is_train=True)
+        setup.setup(args, is_train=True)
 
 
 FLEXIBLE = {"mmengine": {"strategy": {"type": "SingleDeviceStrategy"}, "hooks": [{"type": "EmptyCacheHook"}],

@@ -7,10 +7,11 @@ import torch
 from basicsr.models import build_model
 from conftest import TINY, merged
 
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import check_options
-from ucdir_plugin.sampling import plan, sampling_schedule
-from ucdir_plugin.training import training_noise
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.options.schema import sampling_schedule
+from ucdir_plugin.restoration.sampling import plan
+from ucdir_plugin.training.task import training_noise
+from ucdir_plugin.utils.errors import UserError
 
 
 def make(changes=None, is_train=True, **path):

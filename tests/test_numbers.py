@@ -15,17 +15,19 @@ from conftest import EDSR, TINY, TINY_PREDICTOR, merged
 from test_model import batch, make, step, weights_of
 from torch import nn
 
-from ucdir_plugin import checkpoint, engine
 from ucdir_plugin.data.loader import KeyedDataset
 from ucdir_plugin.diffusion import samplers
-from ucdir_plugin.diffusion.bird import Solver
+from ucdir_plugin.diffusion.bird.solver import Solver
+from ucdir_plugin.diffusion.bird.tasks import TASKS, preset
+from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.diffusion.tasks import TASKS, preset
-from ucdir_plugin.errors import UserError, run_cli
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.sampling import image_noise
-from ucdir_plugin.training import Stepper
-from ucdir_plugin.weights import not_finite
+from ucdir_plugin.training import loop, setup
+from ucdir_plugin.training.steps import Stepper
+from ucdir_plugin.utils import training_states
+from ucdir_plugin.utils.checkpoints import not_finite
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -70,7 +72,7 @@ def test_an_image_with_nan_ends_training_and_keeps_the_checkpoint(workplace, eng
     monkeypatch.chdir(workplace.folder)
     opt = workplace.write(merged(TINY, {"engine": engine_name, "datasets": {"val": None}}))
     with pytest.raises(UserError, match=r"image .*\.png \(lq\) holds NaN"):
-        engine.train(engine.parse_args("", ["-opt", opt]))
+        loop.train(setup.parse_args("", ["-opt", opt]))
     root = workplace.folder / "experiments" / "tiny"
     assert (root / ("models/net_g_2.pth" if engine_name == "basicsr" else "iter_2.pth")).is_file()
 
@@ -160,8 +162,8 @@ def test_a_run_ends_with_code_2_and_keeps_its_last_good_checkpoint(workplace, mo
     )
     monkeypatch.chdir(workplace.folder)
     for name in ("basicsr", "mmengine"):
-        args = engine.parse_args("", ["-opt", workplace.write({**options, "name": name, "engine": name})])
-        assert run_cli(lambda args=args: engine.train(args)) == 2
+        args = setup.parse_args("", ["-opt", workplace.write({**options, "name": name, "engine": name})])
+        assert run_cli(lambda args=args: loop.train(args)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert re.match(
             r"error: training stopped at iteration 4: the weight \S+ is no longer finite; the last checkpoint", error
@@ -200,7 +202,7 @@ def test_basicsrs_own_model_saves_no_nan(workplace, monkeypatch):
     monkeypatch.setattr(SRModel, "optimize_parameters", lost)
     monkeypatch.chdir(workplace.folder)
     with pytest.raises(UserError, match="stopped at iteration 3, which is not saved: .* of net_g holds NaN"):
-        engine.train(engine.parse_args("", ["-opt", workplace.write(options)]))
+        loop.train(setup.parse_args("", ["-opt", workplace.write(options)]))
     assert sorted(p.name for p in (workplace.folder / "experiments/sr/models").iterdir()) == [
         "net_g_1.pth",
         "net_g_2.pth",
@@ -254,8 +256,8 @@ def test_a_checkpoint_with_nan_is_refused_by_name(tmp_path, value):
     state = net.state_dict()
     name = list(state)[2]
     state[name].view(-1)[-1] = value
-    checkpoint.atomic_save({"params": state}, tmp_path / "net.pth")
-    from ucdir_plugin.weights import load_into
+    training_states.atomic_save({"params": state}, tmp_path / "net.pth")
+    from ucdir_plugin.utils.checkpoints import load_into
 
     with pytest.raises(UserError, match=rf"net.pth is damaged: {name} holds NaN or infinite values"):
         load_into(build_arch(TINY_PREDICTOR), str(tmp_path / "net.pth"))

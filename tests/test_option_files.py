@@ -11,10 +11,11 @@ from basicsr.models import build_model
 from conftest import PHOTOS, ROOT
 from torch.utils.data import default_collate
 
-from ucdir_plugin.diffusion.tasks import TASKS
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import apply_overrides, load_options, option_text, read_options
+from ucdir_plugin.diffusion.bird.tasks import TASKS
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.options.reading import apply_overrides, option_text, read_options
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.utils.errors import UserError
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
 FILES = [file for file in FILES if not file.startswith("mmengine/")]  # test_mmengine.py has those

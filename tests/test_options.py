@@ -3,8 +3,9 @@
 import pytest
 from conftest import TINY, merged
 
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import apply_overrides, check_options, load_options, read_yaml
+from ucdir_plugin.options.check import check_options, load_options
+from ucdir_plugin.options.reading import apply_overrides, read_yaml
+from ucdir_plugin.utils.errors import UserError
 
 
 def test_numbers_of_yaml_1_2():

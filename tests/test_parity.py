@@ -8,7 +8,7 @@ import torch
 from conftest import REFERENCE, reference
 
 from ucdir_plugin.archs import UCDIR, UCDIRDenoiser
-from ucdir_plugin.archs.ucdir_arch import AKGBlock, resize
+from ucdir_plugin.archs.ucdir_blocks import AKGBlock, resize
 from ucdir_plugin.diffusion import samplers
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
 from ucdir_plugin.losses import NoisePredictionLoss

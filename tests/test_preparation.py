@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from ucdir_plugin.data import preparation
-from ucdir_plugin.errors import UserError, WriteError
+from ucdir_plugin.utils.errors import UserError, WriteError
 
 
 def test_crops_cover_the_axis():

@@ -16,16 +16,16 @@ from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_tools import TORCHRUN, assert_same, final_state
 from torch.distributions import Normal, kl_divergence
 
-from ucdir_plugin.diffusion.bird import Solver
-from ucdir_plugin.diffusion.degradation import ChannelMean, Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.degradation import ChannelMean, Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.solver import Solver
+from ucdir_plugin.diffusion.bird.tasks import preset
+from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
-from ucdir_plugin.diffusion.tasks import preset
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.losses.diffusion_loss import variational_terms
-from ucdir_plugin.options import check_options, load_options
-from ucdir_plugin.priors import load_prior
+from ucdir_plugin.options.check import check_options, load_options
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.sampling import image_noise
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.zoo.priors import load_prior
 
 VIEWS = {"type": "CleanImageDataset", "dataroot_gt": "photos", "gt_size": 16, "view_scale": [0.5, 1.0]}
 NETWORK = {

@@ -21,12 +21,11 @@ from conftest import EDSR, ROOT, TINY, Workplace, merged
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from ucdir_plugin import engine
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.data import degradations as chains
 from ucdir_plugin.data.loader import EndlessSampler, training_loader
 from ucdir_plugin.diffusion import samplers, tiling
-from ucdir_plugin.diffusion.degradation import (
+from ucdir_plugin.diffusion.bird.degradation import (
     PADDINGS,
     BlockMean,
     ChannelMean,
@@ -37,10 +36,13 @@ from ucdir_plugin.diffusion.degradation import (
     project_simplex,
 )
 from ucdir_plugin.diffusion.schedule import SPACINGS, NoiseSchedule, diffuse
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import ScheduleOptions, load_options, read_options, read_yaml
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.options.reading import read_options, read_yaml
+from ucdir_plugin.options.schema import ScheduleOptions
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.training import update_average
+from ucdir_plugin.training import setup
+from ucdir_plugin.training.steps import update_average
+from ucdir_plugin.utils.errors import UserError
 
 QUICK, MANY = 40, 4000
 
@@ -548,15 +550,15 @@ def test_options_that_load_train_or_say_why(opt, here):
     """From the file to the first training step, as tools/train.py goes."""
     here.write_text(yaml.safe_dump(opt), encoding="utf-8")
     try:
-        opt = engine.setup(engine.parse_args("", ["-opt", str(here)]), True)
-        (train_set,) = engine.build_sets(opt, ("train",))
-        engine.build_sets(opt, ("val",))
+        opt = setup.setup(setup.parse_args("", ["-opt", str(here)]), True)
+        (train_set,) = setup.build_sets(opt, ("train",))
+        setup.build_sets(opt, ("val",))
         data = {**opt["datasets"]["train"], "num_worker_per_gpu": 0}
         if not light(opt) or data["batch_size_per_gpu"] > 16 or opt["engine"] == "mmengine":
             return
-        model = engine.build("model", build_model, opt)
+        model = setup.build("model", build_model, opt)
         loader = training_loader(train_set, data, EndlessSampler(len(train_set), data["batch_size_per_gpu"], 0, 1, 0))
-        with engine.first_step(True):
+        with setup.first_step(True):
             model.update_learning_rate(1, opt["train"].get("warmup_iter", -1))
             model.feed_data(next(iter(loader)))
             model.optimize_parameters(1)

@@ -11,8 +11,8 @@ from conftest import TINY, assert_one_line_error, merged
 
 from ucdir_plugin.data import preparation
 from ucdir_plugin.data import raw as raw_files
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.options import check_options
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.utils.errors import NotAvailable, UserError
 
 pytest.importorskip("rawpy", reason="rawpy is not installed: pip install -e '.[raw]'")
 

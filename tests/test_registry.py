@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 
 import ucdir_plugin.archs.predictor_arch as module
 from ucdir_plugin import registry
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 
 def test_both_registries_know_the_classes():

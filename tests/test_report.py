@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from conftest import PHOTOS, TINY, assert_one_line_error, merged
 
-from ucdir_plugin import compare, folders, report, report_html
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.evaluation import Evaluation, measure
+from ucdir_plugin.evaluation import compare, folders, intervals, report
+from ucdir_plugin.evaluation import tables as result_tables
+from ucdir_plugin.evaluation.measure import Evaluation, measure
+from ucdir_plugin.utils.errors import UserError
 
 METRICS = {
     "psnr": {"type": "calculate_psnr", "crop_border": 0},
@@ -49,72 +50,72 @@ def evaluated(photos, metrics=METRICS, files=False):
 
 
 def test_intervals():
-    assert report.interval([]) is report.interval([1.0, 2.0, 3.0, 4.0, None]) is None  # too few
-    assert report.interval([1.0] * 5 + [float("inf")]) is None
-    assert report.interval([3.0, None, 3.0, 3.0, 3.0, 3.0]) == (3.0, 3.0)
+    assert intervals.interval([]) is intervals.interval([1.0, 2.0, 3.0, 4.0, None]) is None  # too few
+    assert intervals.interval([1.0] * 5 + [float("inf")]) is None
+    assert intervals.interval([3.0, None, 3.0, 3.0, 3.0, 3.0]) == (3.0, 3.0)
     values = np.random.RandomState(0).randn(900)
-    low, high = report.interval(list(values))
+    low, high = intervals.interval(list(values))
     half = 1.96 * values.std() / 30
-    few = report.interval([0.0, 1.0, 2.0, 3.0, 4.0])  # Student's t, about: 2 +- 2.776 * 1.58 / sqrt(5)
+    few = intervals.interval([0.0, 1.0, 2.0, 3.0, 4.0])  # Student's t, about: 2 +- 2.776 * 1.58 / sqrt(5)
     assert few == pytest.approx((2 - 1.96, 2 + 1.96), abs=0.6)
     assert low == pytest.approx(values.mean() - half, abs=0.2 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.2 * half)
-    assert report.interval(list(values)) == (low, high)
-    assert report.interval([*values, None]) == (low, high)
+    assert intervals.interval(list(values)) == (low, high)
+    assert intervals.interval([*values, None]) == (low, high)
 
 
 def test_tables_have_means_in_the_papers_order(photos):
     results = evaluated(photos, {k: METRICS[k] for k in ("loe", "psnr", "niqe")})
     assert results.metrics() == ["niqe", "psnr", "loe"]
-    table = report.markdown_table(results)
+    table = result_tables.markdown_table(results)
     assert "| image | stage | niqe | psnr | loe |" in table
     assert "| mean | niqe ↓ | psnr ↑ | loe ↓ |" in table
     low, high = results.intervals()["restored"]["psnr"]
     mean = results.summary()["restored"]["psnr"]
     assert f"| {mean:.4f} [{low:.4f}, {high:.4f}] |" in table
-    data = report.as_data(results, {})
+    data = result_tables.as_data(results, {})
     assert data["interval"]["restored"]["psnr"] == [low, high] or data["interval"]["restored"]["psnr"] == (low, high)
-    assert report.means([{"image": "x", "metrics": {"restored": {"psnr": 1.0}}}]) == {"restored": {"psnr": 1.0}}
-    odd = report.Results([{"image": "a|b*.png", "metrics": {"restored": {"psnr": 1.0}}}])
-    assert "| a\\|b\\*.png | restored | 1.0000 |" in report.markdown_table(odd)
+    assert result_tables.means([{"image": "x", "metrics": {"restored": {"psnr": 1.0}}}]) == {"restored": {"psnr": 1.0}}
+    odd = result_tables.Results([{"image": "a|b*.png", "metrics": {"restored": {"psnr": 1.0}}}])
+    assert "| a\\|b\\*.png | restored | 1.0000 |" in result_tables.markdown_table(odd)
 
 
 def test_what_is_read_is_what_was_written(photos, tmp_path):
     truth = photos["chelsea.png"][2]
     results = evaluated({**photos, "same.png": (truth, truth, truth)}, files=True)
-    report.write_tables(results, str(tmp_path / "m"), {"name": "run"})
-    found, about = report.read_results(tmp_path / "m.json")
+    result_tables.write_tables(results, str(tmp_path / "m"), {"name": "run"})
+    found, about = result_tables.read_results(tmp_path / "m.json")
     assert (found, about) == (results, {"name": "run"})
     for content in ("", "[]", "{}", '{"images": 3}', "[" * 100000):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=r"bad\.json is no metrics"):
-            report.read_results(tmp_path / "bad.json")
+            result_tables.read_results(tmp_path / "bad.json")
     with pytest.raises(UserError, match=r"none\.json cannot be read"):
-        report.read_results(tmp_path / "none.json")
+        result_tables.read_results(tmp_path / "none.json")
 
 
 def test_the_part_shown_is_where_results_differ_most():
     truth = np.zeros((300, 500, 3), np.uint8)
     result = truth.copy()
     result[210:240, 300:350] = 200
-    rows, columns = report_html.window({"restored": result, "truth": truth}, 64)
+    rows, columns = report.window({"restored": result, "truth": truth}, 64)
     assert (rows.stop - rows.start, columns.stop - columns.start) == (64, 64)
     assert rows.start <= 210 and rows.stop >= 240 and columns.start <= 300 and columns.stop >= 350
     result[:] = 0
     result[290:, 490:] = 9  # in the corner that no whole step reaches
-    rows, columns = report_html.window({"restored": result, "truth": truth}, 64)
+    rows, columns = report.window({"restored": result, "truth": truth}, 64)
     assert (rows, columns) == (slice(236, 300), slice(436, 500))
-    assert report_html.window({"restored": result[:50], "truth": truth[:50]}, 64)[0] == slice(0, 50)
-    parts = report_html.part({"input": truth[::2, ::2], "restored": result, "truth": truth}, 64)
+    assert report.window({"restored": result[:50], "truth": truth[:50]}, 64)[0] == slice(0, 50)
+    parts = report.part({"input": truth[::2, ::2], "restored": result, "truth": truth}, 64)
     assert {p.shape for p in parts.values()} == {(64, 64, 3)}
     assert (parts["restored"] == result[236:, 436:]).all()
     gray = {name: image[..., 0] for name, image in {"restored": result, "truth": truth}.items()}
-    assert report_html.window(gray, 64) == (rows, columns)
-    assert report_html.window({"restored": gray["restored"], "truth": truth}, 64) == (rows, columns)
+    assert report.window(gray, 64) == (rows, columns)
+    assert report.window({"restored": gray["restored"], "truth": truth}, 64) == (rows, columns)
 
 
 def test_a_store_gives_back_what_it_keeps(tmp_path, photos):
-    store = report_html.Store(str(tmp_path / ".kept"))
+    store = report.Store(str(tmp_path / ".kept"))
     lq, result, truth = photos["chelsea.png"]
     store.keep("a/ü.png", {"input": lq, "truth": truth})
     store.keep("b", {"restored": np.tile(result[..., :1], (5, 5, 1))})
@@ -133,20 +134,20 @@ def test_a_store_gives_back_what_it_keeps(tmp_path, photos):
 
 def test_extremes(photos):
     results = evaluated(photos)
-    assert report_html.ranking(results) == ("restored", "psnr")
+    assert report.ranking(results) == ("restored", "psnr")
     values = {row["image"]: row["metrics"]["restored"]["psnr"] for row in results.rows}
     ranked = sorted(values, key=values.get)
-    found = [(label, key) for label, key, _ in report_html.extremes(results)]
+    found = [(label, key) for label, key, _ in report.extremes(results)]
     assert found == [("worst", ranked[0]), ("median", ranked[2]), ("best", ranked[4])]
     lower = evaluated(photos, {"loe": METRICS["loe"]})
     values = {row["image"]: row["metrics"]["restored"]["loe"] for row in lower.rows}
-    assert report_html.extremes(lower)[0][1:] == max(((k, v) for k, v in values.items()), key=lambda kv: kv[1])
+    assert report.extremes(lower)[0][1:] == max(((k, v) for k, v in values.items()), key=lambda kv: kv[1])
     two = evaluated({k: photos[k] for k in list(photos)[:2]})
-    assert [label for label, *_ in report_html.extremes(two)] == ["worst", "best"]
+    assert [label for label, *_ in report.extremes(two)] == ["worst", "best"]
     one = evaluated({"chelsea.png": photos["chelsea.png"]})
-    assert [label for label, *_ in report_html.extremes(one)] == ["the only one"]
-    nothing = report.Results([{"image": "x", "metrics": {"restored": {"psnr": None}}}])
-    assert report_html.ranking(nothing) is None and report_html.extremes(nothing) == []
+    assert [label for label, *_ in report.extremes(one)] == ["the only one"]
+    nothing = result_tables.Results([{"image": "x", "metrics": {"restored": {"psnr": None}}}])
+    assert report.ranking(nothing) is None and report.extremes(nothing) == []
 
 
 HOSTILE = "</script><img src=x onerror=document.title='no'>.png"
@@ -159,7 +160,7 @@ def page(photos, tmp_path):
     results.unavailable["lpips"] = "put it <b>somewhere</b>"
     path = tmp_path / "report.html"
     pictures = {key: dict(zip(("input", "restored", "truth"), images)) for key, images in photos.items()}
-    report_html.write_report(results, path, {"name": "run", "dataset": "set", "weights": "w.pth"}, lambda key: (pictures[key], pictures[key]["truth"].shape[:2]))  # fmt: skip
+    report.write_report(results, path, {"name": "run", "dataset": "set", "weights": "w.pth"}, lambda key: (pictures[key], pictures[key]["truth"].shape[:2]))  # fmt: skip
     return path, results
 
 
@@ -328,8 +329,8 @@ def test_names_that_are_no_unicode(sets):
     (sets / "restored/page.png").rename(sets / "restored" / name)
     (sets / "truth/page.png").rename(sets / "truth" / name)
     results, failed = folders.evaluate(folders.find_items("restored", "truth"), Evaluation({"psnr": METRICS["psnr"]}), "out", {})  # fmt: skip
-    assert not failed and report.read_results("out/metrics.json")[0] == results
-    store = report_html.Store("kept")
+    assert not failed and result_tables.read_results("out/metrics.json")[0] == results
+    store = report.Store("kept")
     store.keep(name, {"restored": np.zeros((4, 4, 3), np.uint8)})
     assert store.part(name)[1] == (4, 4)
 
@@ -388,7 +389,7 @@ def tables(sets, photos):
                 "truth": str(sets / "truth" / ("deep" * (key == "coffee.png")) / key),
             }
             evaluation.add(key, {"input": lq, "restored": result}, truth, lq, files)
-        report.write_tables(evaluation.results(), str(sets / name / "metrics_set"), {"name": name})
+        result_tables.write_tables(evaluation.results(), str(sets / name / "metrics_set"), {"name": name})
     return compare.read_runs([str(sets / name) for name in runs])
 
 
@@ -400,8 +401,8 @@ def test_differences_are_paired_and_of_one_protocol(sets, photos):
     assert [column["title"] for column in found["columns"]] == ["NIQE", "PSNR", "LOE"]
     psnr = found["columns"][1]["cells"]
     pairs = [b.value(i, "restored", "psnr") - a.value(i, "restored", "psnr") for i in found["images"]]
-    assert psnr[0]["difference"] is None and psnr[0]["interval"] == report.interval([a.value(i, "restored", "psnr") for i in found["images"]])  # fmt: skip
-    assert psnr[1]["difference"] == {"from": "a", "mean": pytest.approx(np.mean(pairs)), "interval": report.interval(pairs), "images": 5}  # fmt: skip
+    assert psnr[0]["difference"] is None and psnr[0]["interval"] == intervals.interval([a.value(i, "restored", "psnr") for i in found["images"]])  # fmt: skip
+    assert psnr[1]["difference"] == {"from": "a", "mean": pytest.approx(np.mean(pairs)), "interval": intervals.interval(pairs), "images": 5}  # fmt: skip
     assert compare.verdict(psnr[1]["difference"], "higher") == "better"
     assert compare.verdict(psnr[1]["difference"], "lower") == "worse"
     assert compare.verdict({"mean": 1, "interval": (-1, 2)}, "higher") == compare.verdict({"mean": 1, "interval": None}, "higher") == ""  # fmt: skip
@@ -423,8 +424,8 @@ def made(tmp_path, name, values, metrics=("psnr",), sets=None):
     """A run of six images with these values of its metrics."""
     rows = [{"image": f"{i}.png", "metrics": {"restored": {m: values[m][i] for m in metrics}}} for i in range(6)]
     stamps = {m: {"name": m.upper(), "type": f"calculate_{m}", "better": "higher"} for m in (*metrics, *(sets or ()))}
-    results = report.Results(rows, stamps, {"restored": sets} if sets else {})
-    report.write_tables(results, str(tmp_path / name / "metrics"), {"name": name})
+    results = result_tables.Results(rows, stamps, {"restored": sets} if sets else {})
+    result_tables.write_tables(results, str(tmp_path / name / "metrics"), {"name": name})
     return str(tmp_path / name)
 
 
@@ -455,9 +456,9 @@ def test_a_difference_says_from_which_run_it_is(tmp_path):
 def test_a_table_of_sets_alone(tmp_path):
     kid = {"value": 0.5, "standard_error": 0.25, "patches": 9, "images": 6, "warnings": [], "left_out": 0}
     folder = made(tmp_path, "a", {}, (), {"kid": kid})
-    results, _ = report.read_results(f"{folder}/metrics.json")
+    results, _ = result_tables.read_results(f"{folder}/metrics.json")
     assert results.summary() == {"restored": {"kid": 0.5}} and results.metrics() == ["kid"]
-    assert "| restored | 0.5000 |" in report.markdown_table(results)
+    assert "| restored | 0.5000 |" in result_tables.markdown_table(results)
     other = made(tmp_path, "b", {}, (), {"kid": {**kid, "patches": 8}})
     found = compare.compare(compare.read_runs([folder, other]))
     assert not found["columns"] and "KID is of all images of a run, which differ: not comparable here." in found["remarks"]  # fmt: skip
@@ -480,9 +481,9 @@ def test_damaged_tables_are_refused(tmp_path):
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match=r"metrics\.json is no metrics_\*\.json .* or is damaged"):
-            report.read_results(path)
+            result_tables.read_results(path)
     path.write_text(json.dumps({**good, "images": [{"image": "a", "metrics": {"restored": {"psnr": float("nan")}}}]}))
-    assert report.read_results(path)[0].rows[0]["metrics"]["restored"] == {"psnr": None}
+    assert result_tables.read_results(path)[0].rows[0]["metrics"]["restored"] == {"psnr": None}
 
 
 def test_sets_are_compared_only_whole(sets, photos):

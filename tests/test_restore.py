@@ -15,11 +15,15 @@ from conftest import EDSR, RESTORING, assert_one_line_error, merged
 from PIL import Image
 
 import ucdir_plugin
-from ucdir_plugin import imageio, pipeline, restorer, weights
 from ucdir_plugin.archs import UCDIR
-from ucdir_plugin.errors import UserError, WriteError
-from ucdir_plugin.options import SamplingOptions
+from ucdir_plugin.options.schema import SamplingOptions
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.restoration import folder as restore_folder
+from ucdir_plugin.restoration import jobs, load, restore
+from ucdir_plugin.restoration import network as network_restorer
+from ucdir_plugin.utils import image_reading, image_writing
+from ucdir_plugin.utils.errors import UserError, WriteError
+from ucdir_plugin.zoo import model_files
 
 
 def run(place, *args: str, source: str = "photos", target: str = "out", opt: str = "options.yml"):
@@ -188,7 +192,7 @@ def test_samples_their_mean_and_spread(place):
 
 def test_moments_are_mean_and_standard_deviation():
     x = torch.randn(5, 1, 3, 4, 6, dtype=torch.float64)
-    moments = restorer.Moments()
+    moments = restore.Moments()
     for sample in x:
         moments.add(sample)
     torch.testing.assert_close(moments.mean, x.mean(0))
@@ -262,7 +266,7 @@ WANTS_MULTIPLES = {
 def test_archs_that_do_not_pad_themselves_take_any_size(name, tile):
     net = build_arch({"type": name, **WANTS_MULTIPLES[name]}).eval()
     options = SamplingOptions(tile=tile or None, overlap=4)
-    model = restorer.Restorer(net, None, options, torch.device("cpu"))
+    model = network_restorer.Restorer(net, None, options, torch.device("cpu"))
     image = np.random.default_rng(0).random((43, 37, 3))
     padded = np.pad(image, ((0, 5), (0, 3), (0, 0)), "reflect")  # to multiples of 4 and 8
     result = ucdir_plugin.restore(image, model).image
@@ -330,13 +334,15 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         }
         assert [name for name, record in records.items() if "note" in record] == ["a_png", "d_90"]
     for quality in (None, 0, [40, 10], [1, 2, 3], "10"):  # what trains nothing is no reason not to restore
-        assert weights.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
-    monkeypatch.setattr(restorer, "QUALITY_MARGIN", 4)
+        assert model_files.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
+    monkeypatch.setattr(network_restorer, "QUALITY_MARGIN", 4)
     model = ucdir_plugin.load_model("options.yml")
-    assert model.doubt(imageio.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
-    assert model.doubt(imageio.read_photo("mixed/c_35.jpg", 10**6)).endswith("lost (--model jpeg_any is for it)")
+    assert model.doubt(image_reading.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
+    assert model.doubt(image_reading.read_photo("mixed/c_35.jpg", 10**6)).endswith("lost (--model jpeg_any is for it)")
     Image.open("photos/coffee.png").save("mixed/b_4.jpg", quality=4)  # which no model is for
-    assert model.doubt(imageio.read_photo("mixed/b_4.jpg", 10**6)).endswith("restored all the same, blocks may be left")
+    assert model.doubt(image_reading.read_photo("mixed/b_4.jpg", 10**6)).endswith(
+        "restored all the same, blocks may be left"
+    )
 
 
 def test_names(place):
@@ -380,18 +386,18 @@ def test_nothing_half_written_is_left(place, monkeypatch, capsys):
         raise WriteError("cannot write out: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_text", disk_full)
+        patch.setattr(jobs, "write_text", disk_full)
         with pytest.raises(WriteError, match="No space left"):
-            pipeline.restore_files(model, "photos", "out")
+            restore_folder.restore_files(model, "photos", "out")
     assert files("out") == []
     # A result that is none is the failure of its own image, and the others are restored.
-    photo = imageio.encode_result
+    photo = image_writing.encode_result
 
     def damaged(image, like, extension):
         return photo(image * float("nan") if like.pixels.shape[:2] == (44, 36) else image, like, extension)
 
-    monkeypatch.setattr(pipeline.imageio, "encode_result", damaged)
-    assert pipeline.restore_files(model, "photos", "out") == 1
+    monkeypatch.setattr(restore_folder.image_writing, "encode_result", damaged)
+    assert restore_folder.restore_files(model, "photos", "out") == 1
     assert files("out") == sorted(f"{n}.{e}" for n in ("astronaut", "chelsea") for e in ("json", "png"))
     assert "failed: coffee.png: the result holds NaN" in capsys.readouterr().err
 
@@ -460,14 +466,14 @@ def test_bad_places_get_one_line(place):
 
 def test_too_little_memory_is_said_before(place, monkeypatch):
     model = ucdir_plugin.load_model("options.yml")
-    monkeypatch.setattr(pipeline.memory, "available", lambda: 10_000)
+    monkeypatch.setattr(restore_folder.memory, "available", lambda: 10_000)
     with pytest.raises(UserError, match="36x44 pixels need .* add --scratch DIR"):
-        pipeline.restore_files(model, "photos/coffee.png", "out")
+        restore_folder.restore_files(model, "photos/coffee.png", "out")
     os.mkdir("scratch")
-    assert pipeline.restore_files(model, "photos/coffee.png", "out", scratch="scratch") == 0
+    assert restore_folder.restore_files(model, "photos/coffee.png", "out", scratch="scratch") == 0
 
 
 def test_the_api_is_imported_late_and_nothing_else_is_there():
-    assert ucdir_plugin.load_model is restorer.load_model and ucdir_plugin.restore is restorer.restore
+    assert ucdir_plugin.load_model is load.load_model and ucdir_plugin.restore is restore.restore
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ucdir_plugin.nothing  # noqa: B018

@@ -20,13 +20,14 @@ from test_restore import files, run
 from test_tools import TORCHRUN, numbers
 
 import ucdir_plugin
-from ucdir_plugin import engine, pipeline
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.files import remove_leftovers_of
-from ucdir_plugin.options import check_options, share_batch
+from ucdir_plugin.options.check import check_options, share_batch
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.sharding import Share, own_share
-from ucdir_plugin.weights import read_checkpoint
+from ucdir_plugin.restoration import folder as restore_folder
+from ucdir_plugin.training import testing
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import remove_leftovers_of
+from ucdir_plugin.utils.ranks import Share, own_share
 
 
 def rank(number: int, of: int) -> dict[str, str]:
@@ -145,9 +146,9 @@ def test_any_model_is_shared_out(place, capsys, name):
         cv2.imwrite(f"small/{key}.png", cv2.imread("photos/coffee.png")[:24, :24])
     few = {"bird": {"task": "deblur"}, "sampling": {"steps": 1}} if name == "bird" else {}
     model = ucdir_plugin.load_model(name, **few)
-    assert pipeline.restore_files(model, "small", "one") == 0
+    assert restore_folder.restore_files(model, "small", "one") == 0
     for i in range(2):
-        assert pipeline.restore_files(model, "small", "out", share=Share(i, 2)) == 0
+        assert restore_folder.restore_files(model, "small", "out", share=Share(i, 2)) == 0
     # Of BIR-D: result, record, degraded again, what was learned and its picture.
     assert len(files("out")) == 2 * (5 if name == "bird" else 2)
     assert_same_results("one", "out")
@@ -224,7 +225,7 @@ def test_a_test_goes_on_where_a_rank_was_lost(workplace):
 def test_what_was_restored_otherwise_is_not_kept():
     def decides(changes, weights="1f"):
         opt = check_options(merged(TINY, changes), True)
-        return engine._decides({**opt, "rank": 0}, None, opt["datasets"]["val"], weights)
+        return testing._decides({**opt, "rank": 0}, None, opt["datasets"]["val"], weights)
 
     plain = decides({})
     for same in (

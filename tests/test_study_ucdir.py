@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import RESTORING, ROOT, assert_one_line_error, merged
+from ucdir_cli.studies.ucdir import study, tables
+from ucdir_cli.studies.ucdir.plan import Run, read_plan
 
 import ucdir_plugin
-from ucdir_plugin import report
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import load_options
+from ucdir_plugin.evaluation import tables as result_tables
+from ucdir_plugin.options.check import load_options
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.study import trained
+from ucdir_plugin.utils.errors import UserError
 
 DATA = {"name": "photos", "type": "JPEGDataset", "dataroot_gt": "photos", "quality": 10}
 OPTIONS = merged(
@@ -59,7 +60,7 @@ def here(place, monkeypatch):
 
 def run(**changes):
     lines = []
-    path = trained.study(trained.read_plan("plan.yaml"), "out", say=lines.append, **{"parts": ["main"], **changes})
+    path = study.study(read_plan("plan.yaml"), "out", say=lines.append, **{"parts": ["main"], **changes})
     return Path(path).read_text(), lines
 
 
@@ -80,16 +81,16 @@ def test_what_it_makes_is_what_the_tools_make(here):
     jpeg = cv2.imread("out/photos/input/coffee.png")
     done = ucdir_plugin.restore(np.ascontiguousarray(jpeg[..., ::-1]), model, seed=1, key="coffee.png")
     expected = (done.image[..., ::-1] * 255).round().astype(np.uint8)
-    by_seed = {report.read_results(p / "metrics_3.json")[1]["seed"]: p for p in Path("out/photos").glob("fast*")}
+    by_seed = {result_tables.read_results(p / "metrics_3.json")[1]["seed"]: p for p in Path("out/photos").glob("fast*")}
     first, second = by_seed[0], by_seed[1]
     assert np.array_equal(cv2.imread(str(second / "coffee.png")), expected)
     assert not np.array_equal(cv2.imread(str(first / "coffee.png")), expected)
     assert np.array_equal(cv2.imread("out/photos/truth/coffee.png"), cv2.imread("photos/coffee.png"))
     ok = here.run("test.py", "-opt", "options.yml")
     assert ok.returncode == 0, ok.stderr
-    tested, _ = report.read_results(f"results/{OPTIONS['name']}/metrics_photos.json")
+    tested, _ = result_tables.read_results(f"results/{OPTIONS['name']}/metrics_photos.json")
     for stage, of in (("input", "input"), ("initial", folder("prediction").name), ("restored", first.name)):
-        found, about = report.read_results(f"out/photos/{of}/metrics_3.json")
+        found, about = result_tables.read_results(f"out/photos/{of}/metrics_3.json")
         for row, expected in zip(found.rows, tested.rows):
             assert row["image"] == expected["image"]
             assert row["metrics"]["restored"]["psnr"] == pytest.approx(expected["metrics"][stage]["psnr"], abs=1e-6)
@@ -189,7 +190,7 @@ def test_faults_of_the_images(here):
 def measured(name, *seeds, without=None):
     """A run of which each seed gives image -> PSNR, and FID without each image."""
     results = [
-        report.Results(
+        result_tables.Results(
             [{"image": key, "metrics": {"restored": {"psnr": value}}} for key, value in seed.items()],
             {
                 "psnr": {"name": "PSNR", "type": "calculate_psnr", "better": "higher"},
@@ -203,7 +204,7 @@ def measured(name, *seeds, without=None):
         )
         for i, seed in enumerate(seeds)
     ]
-    return trained.Measured(trained.Run(name, "m"), results, [{"seconds": 1.0, "nfe": 5} for _ in seeds])
+    return tables.Measured(Run(name, "m"), results, [{"seconds": 1.0, "nfe": 5} for _ in seeds])
 
 
 def test_means_and_paired_differences():
@@ -212,15 +213,15 @@ def test_means_and_paired_differences():
     assert (
         one.mean("psnr") == 4.0 and one.deviation("psnr") == pytest.approx(2**0.5) and other.deviation("psnr") is None
     )
-    mean, bounds = trained.difference(one, other, "psnr")
+    mean, bounds = tables.difference(one, other, "psnr")
     assert mean == 0.5 and bounds == (0.5, 0.5)  # the same for each image: nothing varies
-    assert trained.difference(one, other, "fid") == (5.0, None)
-    assert "| one | 15.00 ± 7.07 | 4.00 ± 1.41 | 1.00 | 5 |" in trained.means_table([one, other])
-    assert "+0.50 dB [+0.50, +0.50]" in "\n".join(trained.differences_table([other, one], "other"))
+    assert tables.difference(one, other, "fid") == (5.0, None)
+    assert "| one | 15.00 ± 7.07 | 4.00 ± 1.41 | 1.00 | 5 |" in tables.means_table([one, other])
+    assert "+0.50 dB [+0.50, +0.50]" in "\n".join(tables.differences_table([other, one], "other"))
     same = measured("same", dict.fromkeys("abcde", float("inf")), dict.fromkeys("abcde", float("inf")))
-    assert same.deviation("psnr") is None and trained.difference(same, one, "psnr") is None
+    assert same.deviation("psnr") is None and tables.difference(same, one, "psnr") is None
     lower = measured("lower", {"a": 0.5, "z": 9.0})
-    assert trained.difference(lower, one, "psnr")[0] == -1.5  # of the images that both have
+    assert tables.difference(lower, one, "psnr")[0] == -1.5  # of the images that both have
 
 
 def test_paired_differences_of_sets():
@@ -228,20 +229,20 @@ def test_paired_differences_of_sets():
     psnr = dict.fromkeys("abcde", 1.0)
     one = measured("one", psnr, psnr, without=dict(zip("abcde", (3.0, 5.0, 7.0, 9.0, 11.0))))
     other = measured("other", psnr, without=dict(zip("abcde", (2.0, 3.0, 4.0, 5.0, 6.0))))
-    mean, (low, high) = trained.difference(one, other, "fid")
+    mean, (low, high) = tables.difference(one, other, "fid")
     assert mean == 5.0  # of the whole sets
     reach = 2.7764 * 8**0.5  # Student's t of 4 degrees of freedom
     assert (low, high) == pytest.approx((5 - reach, 5 + reach), abs=1e-3)
-    assert f"+50.0 % [{10 * low:+.1f}, {10 * high:+.1f}]" in "\n".join(trained.differences_table([other, one], "other"))
+    assert f"+50.0 % [{10 * low:+.1f}, {10 * high:+.1f}]" in "\n".join(tables.differences_table([other, one], "other"))
     for lacking in (None, {**dict.fromkeys("abcd", 1.0), "e": None}, dict.fromkeys("abcdf", 1.0)):
-        assert trained.difference(one, measured("another", psnr, without=lacking), "fid") == (5.0, None)
+        assert tables.difference(one, measured("another", psnr, without=lacking), "fid") == (5.0, None)
 
 
 def test_no_percentage_of_what_may_be_zero():
     one, other = measured("one", {"a": 1.0}, {"a": 1.0}), measured("other", {"a": 1.0})
     for error, text in ((4.9, "+50.0 %"), (5.0, "+5.00")):  # FID 10 and 15
         other.results[0].sets["restored"]["fid"]["standard_error"] = error
-        assert trained.differences_table([other, one], "other")[-1] == f"| one | {text} | +0.00 dB |"
+        assert tables.differences_table([other, one], "other")[-1] == f"| one | {text} | +0.00 dB |"
 
 
 def test_curves(here):
@@ -294,7 +295,7 @@ def test_the_tool(here):
 def test_the_plans_that_come_with_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path in Path("options/study").glob("*.yaml"):
-        plan = trained.read_plan(str(path))
+        plan = read_plan(str(path))
         known = {data["name"] for data in load_options(plan.opt, is_train=False)["datasets"].values()}
         for part in plan.parts.values():
             assert set(part.sets or ()) <= known

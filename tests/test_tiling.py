@@ -11,15 +11,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ucdir_plugin import sampling
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser, ucdir_arch
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.diffusion import samplers, tiling
-from ucdir_plugin.diffusion.noise import normal
+from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.diffusion.tiling import Grid, per_patch, receptive_field, split, tiled
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import SamplingOptions
+from ucdir_plugin.options.schema import SamplingOptions
+from ucdir_plugin.restoration import sampling
+from ucdir_plugin.utils.errors import UserError
 
 LEVEL = torch.tensor([0.6])
 
@@ -256,7 +256,7 @@ def test_restoring_in_patches_equals_restoring_the_whole(sampler):
     def restore(**tiles):
         options = SamplingOptions(sampler=sampler, steps=4, **tiles)
         assert (sampling.plan(net, *size, options).patches > 1) == bool(tiles)
-        return sampling.restore(net, lq, schedule, options, sampling.image_noise(0, ("a", "b")))
+        return sampling.restore(net, lq, schedule, options, image_noise(0, ("a", "b")))
 
     initial, whole = restore()
     assert (whole - initial).std() > 0.1

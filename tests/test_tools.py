@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_checkpoint import Hostile
 
-from ucdir_plugin.options import check_options
-from ucdir_plugin.weights import read_checkpoint
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.utils.checkpoints import read_checkpoint
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 

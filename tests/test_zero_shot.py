@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_bird import KNOWN_TASKS, NOISE, gaussian, motion, posterior_mean, psnr, scene
 
-from ucdir_plugin import zero_shot
-from ucdir_plugin.diffusion.degradation import (
+from ucdir_plugin.diffusion.bird.degradation import (
     BlockMean,
     ChannelMean,
     Compose,
@@ -20,12 +19,13 @@ from ucdir_plugin.diffusion.degradation import (
     Operator,
     start_kernel,
 )
-from ucdir_plugin.diffusion.noise import normal
+from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.sampling import image_noise
-from ucdir_plugin.zero_shot import DDNM, DPS, METHODS, DiffPIR, ZeroShotSolver, physics_of
+from ucdir_plugin.restoration import deepinv_methods
+from ucdir_plugin.restoration.deepinv_methods import DDNM, DPS, METHODS, DiffPIR
+from ucdir_plugin.restoration.deepinv_solver import ZeroShotSolver, physics_of
+from ucdir_plugin.utils.errors import NotAvailable, UserError
 
 needs_deepinv = pytest.mark.skipif(
     importlib.util.find_spec("deepinv") is None, reason="deepinv is not installed: pip install -e '.[dev]'"
@@ -327,4 +327,4 @@ def test_without_deepinv(monkeypatch):
     with pytest.raises(NotAvailable, match=r"pip install 'ucdir-plugin\[deepinv\]'") as raised:
         run(prior, normal((1, 3, 8, 8), "y"), Degradation(start_kernel(1, 1)), DDNM())
     assert "\n" not in str(raised.value)
-    assert zero_shot.METHODS  # the module itself needs nothing
+    assert deepinv_methods.METHODS  # the module itself needs nothing

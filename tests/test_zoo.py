@@ -12,10 +12,12 @@ from conftest import PHOTOS, assert_one_line_error
 from test_adm import TINY, tiny
 
 import ucdir_plugin
-from ucdir_plugin import priors, weights, zoo
+from ucdir_plugin import zoo
 from ucdir_plugin.diffusion.prior import DenoiserPrior, ExpertsPrior, GaussianPrior, NetworkPrior
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.options import check_options
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.utils import files
+from ucdir_plugin.utils.errors import NotAvailable, UserError
+from ucdir_plugin.zoo import model_files, priors
 
 OPTIONS = {
     "name": "mine",
@@ -35,7 +37,7 @@ def trained(tmp_path):
     torch.save({"params": net.state_dict(), "params_ema": averaged}, tmp_path / "net_g_5.pth")
     options = check_options(OPTIONS, is_train=False)
     target = str(tmp_path / "mine.safetensors")
-    weights.write_model(str(tmp_path / "net_g_5.pth"), options, target, torch.float32, {"licence": "for research"})
+    model_files.write_model(str(tmp_path / "net_g_5.pth"), options, target, torch.float32, {"licence": "for research"})
     net.load_state_dict(averaged)
     return target, net
 
@@ -61,12 +63,12 @@ def test_a_restorer_is_no_prior_and_a_prior_no_restorer(trained, place):
 def test_what_is_shipped():
     for name, entry in zoo.index().items():
         path = zoo.find(name)
-        assert weights.sha256_of(path) == entry["sha256"] and os.path.getsize(path) < 10e6
+        assert files.sha256_of(path) == entry["sha256"] and os.path.getsize(path) < 10e6
         with open(path.replace(".safetensors", ".md"), encoding="utf-8") as card:
             assert entry["sha256"] in card.read()
-        notes = weights.read_prior(path).notes if entry["kind"] == "prior" else weights.read_model(path)[2]
+        notes = model_files.read_prior(path).notes if entry["kind"] == "prior" else model_files.read_model(path)[2]
         assert notes["licence"]
-        assert tuple(entry.get("jpeg_quality", ())) == (weights.jpeg_quality_of(path) or ())
+        assert tuple(entry.get("jpeg_quality", ())) == (model_files.jpeg_quality_of(path) or ())
 
 
 @pytest.mark.parametrize("name", zoo.names("model"))
@@ -109,7 +111,7 @@ def shelf(tmp_path, monkeypatch, trained):
     folder.mkdir()
     shutil.copy(trained[0], folder / "small.safetensors")
     (folder / "small.md").write_text("what it is")
-    digests = {"sha256": weights.sha256_of(trained[0]), "card_sha256": weights.sha256_of(folder / "small.md")}
+    digests = {"sha256": files.sha256_of(trained[0]), "card_sha256": files.sha256_of(folder / "small.md")}
     entry = {"kind": "prior", **digests, "size": 48}
     (folder / "index.json").write_text(json.dumps({"small": entry}))
     monkeypatch.setattr(zoo, "FOLDER", str(folder))
@@ -133,7 +135,7 @@ def test_missing_and_altered_weights(shelf):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"small.safetensors has SHA-256 .*, not {expected}: .*git checkout") as raised:
         priors.load_prior("small")
-    assert weights.sha256_of(path) in str(raised.value)
+    assert files.sha256_of(path) in str(raised.value)
     path.unlink()
     with pytest.raises(NotAvailable, match=rf"small.safetensors \(SHA-256 {expected}\) is not there; install"):
         priors.load_prior("small")
@@ -142,9 +144,7 @@ def test_missing_and_altered_weights(shelf):
 def test_missing_and_altered_card(shelf):
     card, expected = shelf / "small.md", zoo.index()["small"]["card_sha256"]
     card.write_text("what it is not")
-    with pytest.raises(
-        UserError, match=rf"small.md has SHA-256 {weights.sha256_of(card)}, not {expected}: .*git check"
-    ):
+    with pytest.raises(UserError, match=rf"small.md has SHA-256 {files.sha256_of(card)}, not {expected}: .*git check"):
         priors.load_prior("small")
     card.unlink()
     with pytest.raises(NotAvailable, match=rf"small.md \(SHA-256 {expected}\) is not there; install"):

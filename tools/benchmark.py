@@ -15,7 +15,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ucdir_plugin.errors import UserError, at_least_one, run_cli
+from ucdir_cli.benchmarks import timing
+
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,9 +70,9 @@ def main() -> int:
     if figure and not Path(figure).absolute().parent.is_dir():
         raise UserError(f"--figure {figure}: there is no such folder")
     import torch
+    from ucdir_cli.benchmarks import akgm
 
-    from ucdir_plugin import benchmark
-    from ucdir_plugin.memory import keep_freed_memory
+    from ucdir_plugin.utils.memory import keep_freed_memory
 
     keep_freed_memory()  # as the other tools do
     if args.threads:
@@ -79,7 +82,7 @@ def main() -> int:
     elif args.what == "calibration":
         results = calibration(args)
     elif args.what == "bird":
-        from ucdir_plugin import benchmark_bird
+        from ucdir_cli.benchmarks import bird as benchmark_bird
 
         at_least_one(images=args.images)
         if args.source:
@@ -87,33 +90,34 @@ def main() -> int:
         else:
             results = benchmark_bird.cost(args.size, args.repeats)
     elif args.what == "train" and args.opt:
-        from ucdir_plugin import benchmark_options
+        from ucdir_cli.benchmarks import networks as benchmark_networks
 
         at_least_one(batch=min(args.batch))
-        results = benchmark_options.training_table(args.opt, args.batch, args.size)
+        results = benchmark_networks.training_table(args.opt, args.batch, args.size)
     elif args.what == "complexity" and args.opt:
         if figure:
             raise UserError("--figure draws the growth curves: leave out -opt")
-        from ucdir_plugin import benchmark_options
+        from ucdir_cli.benchmarks import networks as benchmark_networks
 
-        results = benchmark_options.table(args.opt, args.size)
+        results = benchmark_networks.table(args.opt, args.size)
     else:
         results = {
-            "akgm": lambda: benchmark.akgm_alone(args.repeats),
-            "forward": lambda: benchmark.forward(args.size, args.repeats),
-            "train": lambda: benchmark.train(args.repeats),
-            "complexity": lambda: benchmark.complexity(args.repeats),
+            "akgm": lambda: akgm.akgm_alone(args.repeats),
+            "forward": lambda: akgm.forward(args.size, args.repeats),
+            "train": lambda: akgm.train(args.repeats),
+            "complexity": lambda: akgm.complexity(args.repeats),
         }[args.what]()
     for result in results:
-        print(benchmark.table(result), flush=True)
+        print(timing.table(result), flush=True)
     if figure and args.what == "complexity":
-        benchmark.draw_complexity(results[0], figure)
+        akgm.draw_complexity(results[0], figure)
     return 0
 
 
 def calibration(args: argparse.Namespace) -> list:
-    from ucdir_plugin import benchmark_calibration
-    from ucdir_plugin.options import load_options
+    from ucdir_cli.benchmarks import calibration as benchmark_calibration
+
+    from ucdir_plugin.options.check import load_options
 
     trained_on = load_options(args.opt, is_train=False)["datasets"].get("train") or {}
     size = args.size or trained_on.get("gt_size", 64)
@@ -125,7 +129,8 @@ def calibration(args: argparse.Namespace) -> list:
 
 
 def restore(args: argparse.Namespace) -> list:
-    from ucdir_plugin import benchmark_restore
+    from ucdir_cli.benchmarks import restore as benchmark_restore
+
     from ucdir_plugin.diffusion.samplers import SAMPLERS
 
     at_least_one(seeds=args.seeds)

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.errors import run_cli
+from ucdir_plugin.utils.cli import run_cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,8 +27,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    from ucdir_plugin import compare
-    from ucdir_plugin.errors import at_least_one
+    from ucdir_plugin.evaluation import compare
+    from ucdir_plugin.utils.errors import at_least_one
 
     at_least_one(**{"--count": args.count})
     runs = compare.read_runs(args.runs)

@@ -14,7 +14,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Optional
 
-from ucdir_plugin.errors import UserError, run_cli
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
 
 if TYPE_CHECKING:  # argument errors come before the long import
     import torch
@@ -39,8 +40,9 @@ def main() -> int:
         raise UserError("--licence is for --from training")
     if args.kind == "adm":
         import ucdir_plugin  # noqa: F401  (registers the network)
-        from ucdir_plugin.options import check_registered, read_yaml_file
-        from ucdir_plugin.weights import convert_adm
+        from ucdir_plugin.options.calls import check_registered
+        from ucdir_plugin.options.reading import read_yaml_file
+        from ucdir_plugin.zoo.convert import convert_adm
 
         network = read_yaml_file(args.opt) if args.opt else {}
         check_registered("arch", {"type": "ADMUNet", **network}, args.opt or "network")
@@ -48,7 +50,7 @@ def main() -> int:
     elif args.kind == "ucdir":
         if args.opt or args.dtype:
             raise UserError("-opt and --dtype are for --from training and adm")
-        from ucdir_plugin.weights import convert_ucdir
+        from ucdir_plugin.zoo.convert import convert_ucdir
 
         done = convert_ucdir(args.source, args.target)
         if done["dropped"]:
@@ -56,8 +58,8 @@ def main() -> int:
     else:
         if not args.opt:
             raise UserError("--from training needs the option file: -opt FILE.yml")
-        from ucdir_plugin.options import load_options
-        from ucdir_plugin.weights import write_model
+        from ucdir_plugin.options.check import load_options
+        from ucdir_plugin.zoo.model_files import write_model
 
         notes = {"licence": args.licence} if args.licence else {}
         done = write_model(args.source, load_options(args.opt, is_train=False), args.target, _dtype(args.dtype), notes)

@@ -12,7 +12,8 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.errors import UserError, named, printable, run_cli
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError, named, printable
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,8 +44,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    from ucdir_plugin import folders, report
-    from ucdir_plugin.evaluation import Evaluation
+    from ucdir_plugin.evaluation import folders, tables
+    from ucdir_plugin.evaluation.measure import Evaluation
 
     items = folders.find_items(args.restored, args.truth, args.input, args.suffix)
     weights_dir = args.weights_dir
@@ -63,7 +64,7 @@ def main() -> int:
     if not evaluation.protocols:
         raise UserError("none of the metrics is available: the lines above say what to put where")
     results, failed = folders.evaluate(items, evaluation, output, about)
-    print(report.markdown_table(results))
+    print(tables.markdown_table(results))
     print(f"table: {os.path.join(output, 'metrics')}.md .csv .json; report: {os.path.join(output, 'report.html')}")
     for key, reason in failed.items():
         print(f"error: {printable(named(key, reason))}", file=sys.stderr)

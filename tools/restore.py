@@ -14,7 +14,9 @@ Under torchrun or slurm's srun each process restores its share of the folder; wh
 import argparse
 import sys
 
-from ucdir_plugin.errors import UserError, printable, run_cli
+from ucdir_plugin.restoration import load
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError, printable
 
 BIRD = ("task", "prior", "preset", "noise", "mask")
 """Options that are keys of ``bird:``."""
@@ -94,19 +96,19 @@ def main() -> int:
         source, bird["observations"] = first, others or None
     if not source:
         raise UserError("-i is missing: an image, or a folder with images in it")
-    from ucdir_plugin import imageio, memory, restorer, sharding
-    from ucdir_plugin.options import read_assignments
-    from ucdir_plugin.pipeline import restore_files
+    from ucdir_plugin.options.reading import read_assignments
+    from ucdir_plugin.restoration.folder import restore_files
+    from ucdir_plugin.utils import image_reading, memory, ranks
 
     if args.max_pixels is not None and not 1 <= args.max_pixels < 2**63:
         raise UserError(f"--max-pixels: a number of pixels is expected, got {args.max_pixels}")
     memory.keep_freed_memory()
-    share = sharding.own_share()
+    share = ranks.own_share()
     sampling = read_assignments(args.set, "--set")
     for key in ("sampler", "steps", "spacing", "tile", "overlap"):
         if getattr(args, key) is not None:
             sampling[key] = getattr(args, key)
-    model = restorer.load_model(
+    model = load.load_model(
         args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
     )
     for name, text in model.notes.items() if share.rank == 0 else ():
@@ -120,7 +122,7 @@ def main() -> int:
         blend=args.blend,
         condition=read_assignments(args.condition, "--condition"),
         overwrite=args.overwrite,
-        max_pixels=int(args.max_pixels or imageio.MAX_PIXELS),
+        max_pixels=int(args.max_pixels or image_reading.MAX_PIXELS),
         scratch=args.scratch,
         share=share,
     )

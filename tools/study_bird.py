@@ -11,7 +11,8 @@ Inputs, results and pictures are below the output folder; study.md there has the
 import argparse
 import sys
 
-from ucdir_plugin.errors import at_least_one, run_cli
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import at_least_one
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,9 +39,9 @@ def main() -> int:
     counts = {name: getattr(args, name) for name in ("images", "steps", "seeds", "batch")}
     at_least_one(**counts, threads=args.threads or 1)
     import torch
+    from ucdir_cli.studies.bird import cases, parts
 
-    from ucdir_plugin.memory import keep_freed_memory
-    from ucdir_plugin.study import cases, parts
+    from ucdir_plugin.utils.memory import keep_freed_memory
 
     keep_freed_memory()
     if args.threads:

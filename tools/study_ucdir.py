@@ -10,7 +10,10 @@ Restored images lie in study/SET/RUN/, tables in study/study.md; runs of several
 import argparse
 import sys
 
-from ucdir_plugin.errors import at_least_one, run_cli
+from ucdir_cli.studies.ucdir.plan import read_plan
+
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import at_least_one
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,15 +32,15 @@ def main() -> int:
     args = parse_args()
     at_least_one(**{"--threads": 1 if args.threads is None else args.threads})
     import torch
+    from ucdir_cli.studies.ucdir import study
 
-    from ucdir_plugin.memory import keep_freed_memory
-    from ucdir_plugin.study import trained
+    from ucdir_plugin.utils.memory import keep_freed_memory
 
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    plan = trained.read_plan(args.plan)
-    path = trained.study(plan, args.output, parts=args.parts, sets=args.sets, device=args.device)
+    plan = read_plan(args.plan)
+    path = study.study(plan, args.output, parts=args.parts, sets=args.sets, device=args.device)
     print(f"tables: {path}")
     return 0
 

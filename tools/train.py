@@ -2,13 +2,14 @@
 
 import sys
 
-from ucdir_plugin.errors import run_cli
+from ucdir_plugin.training import setup
+from ucdir_plugin.utils.cli import run_cli
 
 
 def main() -> int:
-    from ucdir_plugin import engine
+    from ucdir_plugin.training import loop
 
-    return engine.train(engine.parse_args(__doc__))
+    return loop.train(setup.parse_args(__doc__))
 
 
 if __name__ == "__main__":

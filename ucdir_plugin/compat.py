@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,9 +37,9 @@ import basicsr.utils.options
 from basicsr.models.base_model import BaseModel
 from mmengine.fileio import LocalBackend
 
-from ucdir_plugin import checkpoint, weights
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.utils import checkpoints, training_states
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.files import write_atomically
 
 _PATCHED_VERSION = "1.4.2"
 
@@ -97,13 +98,24 @@ def _take_over_slurm(port: int | None) -> None:
 
 def _load_resume_state(opt: dict) -> dict | None:
     """Upstream calls ``torch.cuda.current_device()`` on a CPU and looks below the working directory only."""
-    return checkpoint.find_resume_state(opt)
+    return training_states.find_resume_state(opt)
+
+
+def build_optimizer(optim_type: str, params: list, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
+    """Any optimizer of ``torch.optim``.
+
+    Raises:
+        UserError: for an unknown one.
+    """
+    cls = getattr(torch.optim, optim_type, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type)]
+        raise UserError(f"there is no optimizer {optim_type!r} in torch.optim; {did_you_mean(optim_type, known)}")
+    return cls(params, lr=lr, **kwargs)
 
 
 def _get_optimizer(self: BaseModel, optim_type: str, params, lr: float, **kwargs) -> torch.optim.Optimizer:
     """Upstream knows only Adam."""
-    from ucdir_plugin.training import build_optimizer  # which needs BasicSR
-
     return build_optimizer(optim_type, params, lr, **kwargs)
 
 
@@ -190,9 +202,9 @@ if basicsr.__version__ == _PATCHED_VERSION and not hasattr(BaseModel, "_ucdir_pl
     BaseModel.print_network = basicsr.utils.dist_util.master_only(_print_network)
     BaseModel.model_ema = _model_ema
     # Atomic files and refused pickles for every model, ours or not.
-    BaseModel.save_network = basicsr.utils.dist_util.master_only(checkpoint.save_network)
-    BaseModel.save_training_state = basicsr.utils.dist_util.master_only(checkpoint.save_training_state)
-    BaseModel.load_network = weights.load_network
+    BaseModel.save_network = basicsr.utils.dist_util.master_only(training_states.save_network)
+    BaseModel.save_training_state = basicsr.utils.dist_util.master_only(training_states.save_training_state)
+    BaseModel.load_network = checkpoints.load_network
     _schedulers = basicsr.models.lr_scheduler
     _upstream_cosine_get_lr = _schedulers.CosineAnnealingRestartLR.get_lr
     _schedulers.CosineAnnealingRestartLR.get_lr = _cosine_get_lr

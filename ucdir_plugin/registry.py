@@ -22,7 +22,7 @@ from basicsr.utils.registry import (
     Registry,
 )
 
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 SCOPE = "ucdir_plugin"
 

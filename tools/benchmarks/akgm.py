@@ -5,29 +5,23 @@ The variants of a network differ in how AKGM is computed and, for the release, i
 - released formulation: one grouped convolution to C * N channels, view, multiply, sum; contiguous tensors, the guide's
   features in every step, nothing in place, no fused optimizer.
 - plain convolution: a 3x3 convolution C -> C in AKGM's place, which has the same number of multiplications.
-- loop, tiled, compiled: the implementations of ucdir_plugin.archs.akgm.
+- loop, tiled, compiled: the implementations of ucdir_plugin.archs.akgm.convolution.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from ucdir_cli.benchmarks.timing import alternate, peak_memory, result
 
-from ucdir_plugin import memory
-from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, akgm, akgm_compiled, akgm_tiled, ucdir_arch
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, ucdir_arch
+from ucdir_plugin.archs.akgm import compiled as akgm_compiled
+from ucdir_plugin.archs.akgm import convolution
+from ucdir_plugin.archs.akgm import tiled as akgm_tiled
 
 SMALL = {"inner_channel": 24, "channel_mults": (1, 2, 4, 4), "res_blocks": 1, "attn_res": (), "dropout": 0.0}
 """A UCDIR denoiser of 2.24 M parameters."""
@@ -59,54 +53,13 @@ def _as(variant: str) -> Iterator[None]:
     """AKGM and networks are run, forward and backward, as this variant."""
     with contextlib.ExitStack() as stack:
         if variant in CHOSEN:
-            stack.enter_context(mock.patch.object(akgm, "choose", lambda x, bases: CHOSEN[variant]))
+            stack.enter_context(mock.patch.object(convolution, "choose", lambda x, bases: CHOSEN[variant]))
         else:
             stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", REPLACED[variant]))
         if variant == "released formulation":
             stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
             stack.enter_context(mock.patch.object(ucdir_arch, "_activate", lambda x, _: F.silu(x)))
         yield
-
-
-def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, one warm-up each, then in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
-
-
-# Memory: each measurement in a process of its own
-
-
-def peak_memory(case: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
-    """MB that the second of two calls takes at its peak, above the idle process with the network loaded.
-
-    Args:
-        case: a function of a module that returns the call; ``arguments`` are its own.
-    """
-    if not sys.platform.startswith("linux"):
-        raise UserError("peak memory is read from /proc: run this benchmark on Linux")
-    where, name = case.__module__, case.__name__
-    code = f"import {where}; from ucdir_plugin import benchmark; benchmark._print_peak({where}.{name}(*{arguments!r}))"
-    # Freed memory goes back at once, else what an earlier call left behind would hide a part of the peak.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return float(done.stdout)
-
-
-def _print_peak(call: Callable[[], Any]) -> None:
-    call()
-    before = memory.status("VmRSS")
-    memory.reset_peak(torch.device("cpu"))
-    call()
-    print((memory.status("VmHWM") - before) / 2**20)
 
 
 # akgm
@@ -125,7 +78,7 @@ def _akgm_call(
 
     x, mix, grad_y = (tensor(batch, c, size, size) for c in (channels, bases, channels))
     weight, bias = tensor(channels * bases, per_group, 3, 3) * (9 * per_group) ** -0.5, tensor(channels * bases)
-    function = REPLACED.get(variant, akgm.adaptive_kernel_conv)
+    function = REPLACED.get(variant, convolution.adaptive_kernel_conv)
     if variant == "plain convolution":
         weight, bias = weight.view(channels, channels, 3, 3).contiguous(memory_format=layout), bias[:channels].clone()
         inputs = [x, weight, bias]
@@ -361,31 +314,3 @@ def draw_complexity(result: dict, path: str) -> None:
     axes[0].set_ylabel("seconds")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-
-
-def result(title: str, rows: list[dict]) -> dict:
-    """A table and where it was measured."""
-    return {
-        "benchmark": title,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cpu": _cpu(),
-        "rows": rows,
-    }
-
-
-@functools.cache
-def _cpu() -> str:
-    name: Optional[str] = platform.processor()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
-        name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def table(result: dict) -> str:
-    """A result as Markdown, its JSON below."""
-    columns = list(result["rows"][0])
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in result["rows"]]
-    head = f"{result['benchmark']} ({result['threads']} threads, torch {result['torch']}, {result['cpu']})"
-    return head + "\n\n" + "\n".join(lines) + "\n\n" + json.dumps(result) + "\n"

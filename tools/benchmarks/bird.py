@@ -11,19 +11,19 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from ucdir_cli.benchmarks.timing import alternate, peak_memory, result
 
-from ucdir_plugin import imageio, priors
 from ucdir_plugin.archs import ADMUNet
-from ucdir_plugin.benchmark import alternate, peak_memory, result
-from ucdir_plugin.blind import known_kernel
-from ucdir_plugin.diffusion.bird import Solver
-from ucdir_plugin.diffusion.degradation import Degradation
-from ucdir_plugin.diffusion.noise import normal
+from ucdir_plugin.diffusion.bird.degradation import Degradation
+from ucdir_plugin.diffusion.bird.solver import Solver
+from ucdir_plugin.diffusion.bird.tasks import TASKS, preset
+from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.diffusion.tasks import TASKS, preset
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.sampling import image_noise
+from ucdir_plugin.restoration.bird_options import known_kernel
+from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.zoo import priors
 
 SMALL = {
     "image_size": 64,
@@ -147,8 +147,8 @@ def _memory(size: int) -> dict:
 def _crops(folder: str, count: int, size: int) -> Tuple[List[str], torch.Tensor]:
     """The first ``count`` images of a folder that are large enough: names, and centre crops (B, 3, size, size)."""
     names, crops = [], []
-    for name in imageio.list_images(folder, "--source"):
-        image = imageio.to_tensor(imageio.read_photo(f"{folder}/{name}", 10**9))
+    for name in image_reading.list_images(folder, "--source"):
+        image = image_reading.to_tensor(image_reading.read_photo(f"{folder}/{name}", 10**9))
         height, width = image.shape[-2:]
         if min(height, width) < size:
             continue

@@ -13,14 +13,17 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 import torch
 from tqdm import tqdm
+from ucdir_cli.benchmarks.restore import told_of, validation_samples
+from ucdir_cli.benchmarks.timing import result
 
-from ucdir_plugin import conditions, sampling
-from ucdir_plugin.benchmark import result
-from ucdir_plugin.benchmark_restore import told_of, validation_samples
+from ucdir_plugin.diffusion import conditions
+from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.options import load_options
-from ucdir_plugin.restorer import Restorer, load_model
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.restoration import sampling
+from ucdir_plugin.restoration.load import load_model
+from ucdir_plugin.restoration.network import Restorer
+from ucdir_plugin.utils.errors import UserError
 
 NOISE = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Standard deviations of the noise, of that of the residual."""
@@ -110,7 +113,7 @@ def denoising(opt: str, weights: Optional[str], crop: int) -> List[dict]:
     for way, size in ways.items():
         sums = torch.zeros(len(NOISE), 3, len(BANDS) + 1, dtype=torch.float64)
         for key, residual, images in tqdm(_residuals(model, samples, size), total=len(samples), disable=None):
-            noise = sampling.image_noise(model.seed, [f"{key}/{i}" for i in range(len(residual))], model.device)
+            noise = image_noise(model.seed, [f"{key}/{i}" for i in range(len(residual))], model.device)
             for i, relative in enumerate(NOISE):
                 sigma = relative * deviation * scale
                 level = 1 / (1 + sigma**2) ** 0.5

@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from ucdir_cli.benchmarks import timing
 
-from ucdir_plugin import benchmark
-from ucdir_plugin.archs import UCDIR, akgm, ucdir_arch
+from ucdir_plugin.archs import UCDIR, ucdir_arch
+from ucdir_plugin.archs.akgm import convolution
 from ucdir_plugin.archs.padding import pad_for
-from ucdir_plugin.options import load_options
+from ucdir_plugin.options.check import load_options
 from ucdir_plugin.registry import build_arch
 
 SIZE = 256
@@ -29,7 +30,7 @@ def _counted_mixing() -> Iterator[list[int]]:
 
     def counting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
         found.append(mix.numel() * x.shape[1])
-        return akgm.adaptive_kernel_conv_loop(x, weight, bias, mix)
+        return convolution.adaptive_kernel_conv_loop(x, weight, bias, mix)
 
     with mock.patch.object(ucdir_arch, "adaptive_kernel_conv", counting):
         yield found
@@ -104,9 +105,9 @@ def table(files: Sequence[str], size: int = SIZE) -> list[dict]:
     rows = []
     for file in files:
         row = {"option file": os.path.splitext(os.path.basename(file))[0], **costs(network(file), size)}
-        row["peak MB of a step"] = round(benchmark.peak_memory(_memory_case, os.path.abspath(file), size))
+        row["peak MB of a step"] = round(timing.peak_memory(_memory_case, os.path.abspath(file), size))
         rows.append(row)
-    return [benchmark.result(f"cost of a sampling step at {size}x{size}, and of the initial predictor", rows)]
+    return [timing.result(f"cost of a sampling step at {size}x{size}, and of the initial predictor", rows)]
 
 
 def _training_case(file: str, batch: int, size: int) -> Callable[[], Any]:
@@ -142,7 +143,7 @@ def training_table(files: Sequence[str], batches: Sequence[int], size: int) -> l
     for file in files:
         count = parameters(network(file))
         for batch in batches:
-            step = benchmark.peak_memory(_training_case, os.path.abspath(file), batch, size)
+            step = timing.peak_memory(_training_case, os.path.abspath(file), batch, size)
             rows.append(
                 {
                     "option file": os.path.splitext(os.path.basename(file))[0],
@@ -154,4 +155,4 @@ def training_table(files: Sequence[str], batches: Sequence[int], size: int) -> l
                     "KB a pixel": round((step - 4 * count / 2**20) * 1024 / (batch * size**2), 1),
                 }
             )
-    return [benchmark.result("memory of a training step, one process", rows)]
+    return [timing.result("memory of a training step, one process", rows)]

@@ -12,17 +12,18 @@ import torch
 from basicsr.data import build_dataset
 from basicsr.utils import tensor2img
 from tqdm import tqdm
+from ucdir_cli.benchmarks.timing import alternate, peak_memory, result
 
-from ucdir_plugin import report
-from ucdir_plugin.benchmark import alternate, peak_memory, result
 from ucdir_plugin.diffusion.tiling import borders_in_image
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.evaluation import measure
+from ucdir_plugin.evaluation import measure, tables
 from ucdir_plugin.metrics.seams import seam_score
-from ucdir_plugin.options import load_options
-from ucdir_plugin.restorer import Restorer, load_model
-from ucdir_plugin.sampling import grid_of
-from ucdir_plugin.validation import write_image
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.restoration.load import load_model
+from ucdir_plugin.restoration.network import Restorer
+from ucdir_plugin.restoration.sampling import grid_of
+from ucdir_plugin.utils import image_writing
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_writing import write_image
 
 SIZES = ((512, 512), (1024, 1024), (1416, 2120), (3000, 4000))
 """Height and width: 0.26, 1, 3 and 12 megapixels."""
@@ -120,10 +121,10 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
     dataset, samples = validation_samples(options, opt)
 
-    def means(rows: List[report.Row]) -> Dict[str, Any]:
-        return {k: None if v is None else round(v, 3) for k, v in report.means(rows)["of"].items()}
+    def means(rows: List[tables.Row]) -> Dict[str, Any]:
+        return {k: None if v is None else round(v, 3) for k, v in tables.means(rows)["of"].items()}
 
-    def measured(image: torch.Tensor, truth: torch.Tensor) -> report.Row:
+    def measured(image: torch.Tensor, truth: torch.Tensor) -> tables.Row:
         return {"image": "", "metrics": {"of": measure(tensor2img(image), tensor2img(truth), metrics)}}
 
     model = load_model(opt, weights)
@@ -183,7 +184,7 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
             crops = [arrays[name][top : top + 128, left : left + 128] for name in ways]
             pictures = [np.kron(crop, np.ones((2, 2, 1), np.uint8)) for crop in crops]
     if figure:
-        write_image(report.side_by_side(pictures), figure)
+        write_image(image_writing.side_by_side(pictures), figure)
     rows = [{"way": name, **{s["key"]: round(v, 3) for s, v in zip(samples, of)}} for name, of in scores.items()]
     title = f"seam score at the borders of patches of {tile} with overlap {overlap}; 1: no seam shows"
     return [result(title, rows)]

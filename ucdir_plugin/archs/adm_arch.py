@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 CLASSES = 1000
 """Of ImageNet, for ``class_cond``."""

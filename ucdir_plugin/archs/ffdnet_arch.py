@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.errors import at_least_one
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import at_least_one
 
 
 @register("arch")

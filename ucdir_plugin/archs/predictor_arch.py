@@ -10,8 +10,8 @@ from torch import nn
 
 from ucdir_plugin.archs.padding import network_stride, pad_to_multiple
 from ucdir_plugin.diffusion import tiling
-from ucdir_plugin.errors import UserError, at_least_one
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 
 @register("arch")

@@ -9,13 +9,11 @@ from typing import Any, Mapping, Optional
 import torch
 from torch.nn.modules import module as hooks
 
-from ucdir_plugin import memory
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import build_arch
+from ucdir_plugin.utils import memory
+from ucdir_plugin.utils.errors import UserError
 
 _MODULES = 8_000  # building more takes long; large published networks have some thousands
-_MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Adadelta": 2}
-"""Tensors of the weights' size that an optimizer of torch keeps; of others none is counted."""
 
 
 class _Stop(Exception):
@@ -99,29 +97,3 @@ def check_network(cfg: Mapping[str, Any], where: str, tensors: int = 1) -> None:
             f"option {where}: {cfg.get('type')} would have {at_least}{count:.3g} parameters, {at_least}"
             f"{4 * tensors * count / 2**30:.3g} GB of {what}; {free / 2**30:.1f} GB of memory are free: make it smaller"
         )
-
-
-def check_options_fit(opt: Mapping[str, Any], is_train: bool) -> None:
-    """Networks and batches of checked options; on a GPU the main memory holds the weights alone.
-
-    Raises:
-        UserError: with the estimate, if they do not fit into the memory that is free.
-    """
-    train = (opt.get("train") or {}) if is_train else {}
-    on_gpu = bool(opt.get("num_gpu")) and torch.cuda.is_available()
-    tensors = 1
-    if train and not on_gpu:
-        tensors = 2 + _MOMENTS.get(train["optim_g"]["type"], 0) + bool(train.get("ema_decay"))
-    for key, cfg in opt.items():
-        if key.startswith("network_"):
-            check_network(cfg, key, tensors)
-    free = memory.available()
-    for phase, dataset in opt["datasets"].items() if train and free is not None else ():
-        if dataset["phase"] == "train" and dataset.get("gt_size"):
-            batch, side = dataset["batch_size_per_gpu"], dataset["gt_size"]
-            need = 2 * 3 * 4 * batch * side**2  # degraded and true, of float32
-            if need > free:
-                raise UserError(
-                    f"option datasets:{phase}: {batch} crops of {side}x{side} pixels need {need / 2**30:.3g} GB,"
-                    f" {free / 2**30:.1f} GB of memory are free: lower batch_size_per_gpu or gt_size"
-                )

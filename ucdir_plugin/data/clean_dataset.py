@@ -12,11 +12,11 @@ from basicsr.data.transforms import augment
 from basicsr.utils import get_root_logger
 from torch.utils.data import Dataset
 
-from ucdir_plugin.data.paired_dataset import check_crop, constant, option, some_of, to_sample
+from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
 from ucdir_plugin.diffusion.noise import key_to_seed
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import decode_image, image_size, list_images, read_bytes
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import decode_image, image_size, list_images, read_bytes
 
 
 class CleanImages(Dataset):

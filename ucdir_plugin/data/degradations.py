@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Sequence
 import cv2
 import numpy as np
 
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 
 def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import KINDS, jpeg, value_range
-from ucdir_plugin.data.paired_dataset import option, to_sample
+from ucdir_plugin.data.samples import option, to_sample
 from ucdir_plugin.registry import register
 
 

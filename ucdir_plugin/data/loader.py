@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ucdir_plugin.diffusion.noise import generator, key_to_seed
-from ucdir_plugin.errors import STORAGE, UserError
-from ucdir_plugin.files import is_gone
+from ucdir_plugin.utils.errors import STORAGE, UserError
+from ucdir_plugin.utils.files import is_gone
 
 PATIENCE = 5.0
 """Seconds that a training which is asked to stop waits for its next images, and then for the workers to end."""
@@ -133,7 +133,7 @@ def _unnoticed_ends() -> Iterator[None]:
 class PatientDataset(Dataset):
     """Any dataset that waits where its disk is away: an NFS mount that hangs up for a minute ends no training.
 
-    Away means that the system says so (:data:`ucdir_plugin.errors.STORAGE`), or that a folder of the options
+    Away means that the system says so (:data:`ucdir_plugin.utils.errors.STORAGE`), or that a folder of the options
     (``dataroot_gt``, ``dataroot_lq``) is missing or empty. A single file that is missing is an error at once.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import draw, low_light, value_range
-from ucdir_plugin.data.paired_dataset import to_sample
+from ucdir_plugin.data.samples import to_sample
 from ucdir_plugin.registry import register
 
 LIMITS = {"ratio": (1.0, 10000.0), "electrons": (1.0, 1e6), "read": (0.0, 1000.0), "row": (0.0, 1000.0)}

@@ -11,10 +11,10 @@ import torch
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import KINDS, Step, chain, degrade, shrinks
-from ucdir_plugin.data.paired_dataset import option, some_of, to_sample
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.imageio import image_size
+from ucdir_plugin.data.samples import option, some_of, to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import image_size
 
 
 def _steps(opt: dict) -> tuple[Step, ...]:

@@ -3,138 +3,21 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import math
 import os
-import re
-import struct
 from typing import Any
 
-import lmdb
 import numpy as np
 from basicsr.data.transforms import augment, paired_random_crop
-from basicsr.utils import FileClient, img2tensor
+from basicsr.utils import FileClient
 from torch.utils.data import Dataset
 
-from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.imageio import check_inside, decode_image, image_size, images_by_stem, list_images
+from ucdir_plugin.data.lmdbs import _lmdb_sizes, read_lmdb_names
+from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
 from ucdir_plugin.registry import register
-
-
-def option(opt: dict, key: str) -> Any:
-    """A dataset option that must be there.
-
-    Raises:
-        UserError: if it is missing.
-    """
-    if opt.get(key) is None:
-        raise UserError(f"option datasets: {opt['name']}: {key} is missing ({opt['type']} needs it)")
-    return opt[key]
-
-
-def some_of(items: list) -> list:
-    """All items, or evenly spread ones of very many: what a look at each header at the start may cost.
-
-    Each image is checked again when it is read.
-    """
-    return items[:: len(items) // 20000 + 1]
-
-
-def constant(opt: dict) -> dict[str, tuple]:
-    """The option ``condition``, as the data sets' ``tells`` have it."""
-    return {name: (value,) for name, value in opt.get("condition", {}).items()}
-
-
-def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
-    """
-    Raises:
-        UserError: if an image of ``size`` (height, width) cannot give a square crop.
-    """
-    if min(size) < crop:
-        raise UserError(
-            f"image {path} ({size[1]}x{size[0]}) is smaller than the crop gt_size {crop}; remove it or lower gt_size"
-        )
-
-
-def to_sample(
-    images: dict[str, np.ndarray], paths: dict[str, str], key: str, condition: dict[str, Any]
-) -> dict[str, Any]:
-    """BasicSR's sample: RGB tensors (3, H, W) in [0, 1] and paths, with the image's relative path as ``key``.
-
-    And ``condition``, name -> value of what is known about the image beside it, if something is.
-    """
-    tensors = {
-        name: img2tensor(np.ascontiguousarray(image), bgr2rgb=True, float32=True) for name, image in images.items()
-    }
-    told = {"condition": condition} if condition else {}
-    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **told}
-
-
-def read_lmdb_names(root: str) -> dict[str, tuple[int, int] | None]:
-    """Keys of an LMDB by its meta_info.txt -> (height, width), None where a line says none.
-
-    A key is the name without its extension: BasicSR's reader ends it at the first dot, as in SID's 00001_00_0.1s.png.
-
-    Raises:
-        UserError: if it cannot be read, or names no image.
-    """
-    path = os.path.join(root, "meta_info.txt")
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as err:
-        reason = getattr(err, "strerror", None) or "it is no text"
-        raise UserError(f"{path} cannot be read: {reason}; io_backend lmdb reads folders that BasicSR made") from err
-    names: dict[str, tuple[int, int] | None] = {}
-    for line in lines:
-        name, _, rest = line.partition(" (")
-        shape = re.match(r"(\d+),\s*(\d+)", rest)
-        names[check_inside(os.path.splitext(name)[0], path)] = (
-            (int(shape.group(1)), int(shape.group(2))) if shape else None
-        )
-    if not names:
-        raise UserError(f"{path} names no image")
-    return names
-
-
-def _lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int]]:
-    """(height, width) of the PNGs among the images that an LMDB's meta_info.txt names, or of some of very many.
-
-    Raises:
-        UserError: if the LMDB holds others than these.
-    """
-    sizes = {}
-    try:
-        with contextlib.ExitStack() as stack:
-            base = stack.enter_context(lmdb.open(root, readonly=True, lock=False, readahead=False))
-            # Reading beyond the end of a file that is mapped into memory ends the process without a word.
-            size = os.path.getsize(os.path.join(root, "data.mdb"))
-            whole = (base.info()["last_pgno"] + 1) * base.stat()["psize"]
-            if size < whole:
-                raise UserError(f"LMDB {root} is cut short: {size} of {whole} bytes; copy it or make it again")
-            reader = stack.enter_context(base.begin(buffers=True))
-            for name in some_of(list(names)):
-                image = reader.get(name.encode())
-                if image is None:
-                    raise UserError(f"LMDB {root} has no image {name}, which its meta_info.txt names; make it again")
-                if bytes(image[:8]) == b"\x89PNG\r\n\x1a\n" and len(image) >= 24:
-                    width, height = struct.unpack(">II", image[16:24])
-                    sizes[name] = height, width
-                    if (names[name] or sizes[name]) != sizes[name]:
-                        h, w = names[name]
-                        raise UserError(
-                            f"LMDB {root}: {name} is {width}x{height}, and {w}x{h} by meta_info.txt: it was made from"
-                            " other images; make it again"
-                        )
-            held = base.stat()["entries"]
-    except lmdb.Error as err:
-        if "already open" in str(err):  # by another data set of this process, which has looked
-            return {}
-        raise UserError(f"LMDB {root} cannot be read: {err}; make it again") from err
-    if held != len(names):
-        raise UserError(f"LMDB {root} holds {held} images, and its meta_info.txt names {len(names)}; make it again")
-    return sizes
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.image_reading import check_inside, decode_image, image_size, images_by_stem, list_images
 
 
 def read_conditions(path: str) -> dict[str, dict[str, Any]]:

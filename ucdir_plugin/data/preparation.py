@@ -21,11 +21,11 @@ from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from PIL import Image
 from tqdm import tqdm
 
-from ucdir_plugin.data.paired_dataset import read_lmdb_names
+from ucdir_plugin.data.lmdbs import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
-from ucdir_plugin.errors import UserError, WriteError, at_least_one, free_space
-from ucdir_plugin.files import remove_leftovers_of, write_atomically
-from ucdir_plugin.imageio import MAX_PIXELS, image_size, list_images, read_photo
+from ucdir_plugin.utils.errors import UserError, WriteError, at_least_one, free_space
+from ucdir_plugin.utils.files import remove_leftovers_of, write_atomically
+from ucdir_plugin.utils.image_reading import MAX_PIXELS, image_size, list_images, read_photo
 
 
 class Task(NamedTuple):

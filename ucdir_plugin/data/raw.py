@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ucdir_plugin.errors import NotAvailable, UserError
+from ucdir_plugin.utils.errors import NotAvailable, UserError
 
 MAX_RATIO = 300.0
 """The data set's own: 10 s / 0.033 s counts as 300."""

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from ucdir_plugin.data.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
-from ucdir_plugin.data.paired_dataset import check_crop, constant, option, to_sample
 from ucdir_plugin.data.raw import develop, read_pairs
+from ucdir_plugin.data.samples import check_crop, constant, option, to_sample
 from ucdir_plugin.registry import register
 
 

@@ -20,7 +20,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 import torch
 
 from ucdir_plugin.diffusion.noise import generator
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 _KEYS = ("encoding", "range", "classes", "drop")
 

@@ -7,7 +7,7 @@ worker or on being resumed.
 from __future__ import annotations
 
 import hashlib
-from typing import Optional, Sequence, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -40,3 +40,32 @@ def normal(
         return torch.randn(tuple(shape), generator=generator(*key), out=out)
     drawn = torch.randn(tuple(shape), generator=generator(*key))
     return drawn.to(device) if out is None else out.copy_(drawn)
+
+
+Noise = Callable[..., torch.Tensor]
+"""(shape of a batch, draw number, further parts of the key) -> standard normal noise."""
+
+
+def image_noise(
+    seed: int,
+    keys: Sequence[str],
+    device: torch.device | str = "cpu",
+    sample: int = 0,
+    empty: Callable[..., torch.Tensor] = torch.empty,
+) -> Noise:
+    """The noise of images: a function of the seed, the image's key and the number of the sample.
+
+    Args:
+        keys: one for each image of the batch; its relative path.
+        sample: 0 is what validation and test draw.
+        empty: allocates it, called as torch.empty.
+    """
+    more: Tuple[KeyPart, ...] = ("of", sample) if sample else ()
+
+    def noise(shape: Sequence[int], draw: int, *key: KeyPart) -> torch.Tensor:
+        result = empty(tuple(shape), device=device)
+        for image, name in zip(result, keys):
+            normal(shape[1:], seed, "sample", name, draw, *key, *more, out=image)
+        return result
+
+    return noise

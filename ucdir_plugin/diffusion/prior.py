@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

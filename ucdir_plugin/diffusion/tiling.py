@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 
 from ucdir_plugin.diffusion.samplers import Denoiser
-from ucdir_plugin.errors import UserError, at_least_one
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 MERGES = ("drop", "blend")
 

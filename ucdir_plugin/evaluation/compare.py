@@ -12,12 +12,14 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ucdir_plugin import report
-from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.folders import read_uint8
+from ucdir_plugin.evaluation import intervals, tables
+from ucdir_plugin.evaluation import tables as result_tables
+from ucdir_plugin.evaluation.report import part
 from ucdir_plugin.metrics import protocol
-from ucdir_plugin.report_html import part
+from ucdir_plugin.utils import files
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_reading import read_uint8
 
 CELL = 320
 """Pixels of a picture's side in the grid."""
@@ -33,8 +35,8 @@ class Run:
 
     name: str
     path: str
-    results: report.Results
-    rows: dict[str, report.Row]
+    results: tables.Results
+    rows: dict[str, tables.Row]
 
     def value(self, image: str, stage: str, metric: Optional[str]) -> Optional[float]:
         return self.rows[image]["metrics"].get(stage, {}).get(metric)
@@ -57,7 +59,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     if len(paths) < 2:
         raise UserError("comparing takes two runs or more")
     runs: list[Run] = []
-    found: list[tuple[str, str, str, report.Results]] = []
+    found: list[tuple[str, str, str, result_tables.Results]] = []
     for given in paths:
         path = given
         if os.path.isdir(given):
@@ -68,7 +70,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
                     f"{given} has {f'several tables ({names}): name one' if tables else 'no metrics*.json'}"
                 )
             path = tables[0]
-        results, about = report.read_results(path)
+        results, about = result_tables.read_results(path)
         found.append((str(about.get("name") or given), given, path, results))
     # By the path without extension, in which results may differ; but not where two images differ in nothing else.
     ambiguous = any(len({_stem(row) for row in results.rows}) < len(results.rows) for *_, results in found)
@@ -83,7 +85,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     return runs
 
 
-def _stem(row: report.Row) -> str:
+def _stem(row: tables.Row) -> str:
     return os.path.splitext(row["image"])[0]
 
 
@@ -116,7 +118,7 @@ def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
         if len(run.rows) > len(images)
     ]
     same_images, columns = not remarks, []
-    for title, names in report.columns([run.results.protocols for run in runs]):
+    for title, names in tables.columns([run.results.protocols for run in runs]):
         of_set = [run.results.sets.get(stage, {}).get(name) for run, name in zip(runs, names)]
         if any(of_set):
             counts = {found.get("patches") for found in of_set if found}
@@ -142,7 +144,7 @@ def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
             stamp = next(run.results.protocols[name] for run, name in zip(runs, names) if name)
             kept = {"title": title, "type": stamp["type"], "better": stamp["better"], "protocol": stamp}
             columns.append({**kept, "cells": cells})
-    columns.sort(key=report.place)
+    columns.sort(key=tables.place)
     if not any(len([cell for cell in column["cells"] if cell]) > 1 for column in columns):
         remarks.append("No metric was measured in the same way in two runs.")
     names = [run.name for run in runs]
@@ -164,11 +166,11 @@ def _cells(
             continue
         values = [of_run[i] for i in common]
         cell = {"metric": name, "value": float(np.mean(values)), "images": len(values)}
-        cell.update(interval=report.interval(values), difference=None)
+        cell.update(interval=intervals.interval(values), difference=None)
         if first is None:
             first = run.name, values
         else:
-            found = report.paired(first[1], values)
+            found = intervals.paired(first[1], values)
             if found:
                 cell["difference"] = {"from": first[0], **found}
         cells.append(cell)
@@ -187,7 +189,7 @@ def _mean_cell(cell: Optional[Mapping[str, Any]]) -> str:
     if not cell:
         return "-"
     error = cell.get("error")
-    return report.with_interval(cell["value"], cell.get("interval")) + ("" if error is None else f" ± {error:.4f}")
+    return tables.with_interval(cell["value"], cell.get("interval")) + ("" if error is None else f" ± {error:.4f}")
 
 
 def _difference_cell(cell: Optional[Mapping[str, Any]], better: str, first: str) -> str:
@@ -196,23 +198,23 @@ def _difference_cell(cell: Optional[Mapping[str, Any]], better: str, first: str)
         return "-"
     bounds = difference["interval"]
     text = f"{difference['mean']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
-    other = "" if difference["from"] == first else f" (minus {report.escaped(difference['from'])})"
+    other = "" if difference["from"] == first else f" (minus {tables.escaped(difference['from'])})"
     return f"{text} {verdict(difference, better)}".rstrip() + other
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Two tables: means, and differences from the first run, with their intervals."""
-    columns, names = found["columns"], [report.escaped(name) for name in found["runs"]]
-    titles = [report.heading(c["title"], c) for c in columns]
+    columns, names = found["columns"], [tables.escaped(name) for name in found["runs"]]
+    titles = [tables.heading(c["title"], c) for c in columns]
     means = [[name, *(_mean_cell(c["cells"][i]) for c in columns)] for i, name in enumerate(names)]
     differences = [
         [name, *(_difference_cell(c["cells"][i], c["better"], found["runs"][0]) for c in columns)]
         for i, name in enumerate(names)
     ]
-    lines = report.markdown_rows([f"{found['stage']}, {len(found['images'])} images", *titles], means)
-    lines += ["", *report.markdown_rows([f"minus {names[0]}", *titles], differences[1:])]
+    lines = tables.markdown_rows([f"{found['stage']}, {len(found['images'])} images", *titles], means)
+    lines += ["", *tables.markdown_rows([f"minus {names[0]}", *titles], differences[1:])]
     if any(cell and cell.get("interval") for c in columns for cell in c["cells"]):
-        text = f"In brackets: {report.CONFIDENCE:.0%} intervals by the bootstrap over images, of means and of paired"
+        text = f"In brackets: {intervals.CONFIDENCE:.0%} intervals by the bootstrap over images, of means and of paired"
         lines += ["", f"{text} differences; better or worse stands where that of a difference does not reach 0."]
     for remark in found["remarks"]:
         lines += ["", remark]
@@ -304,8 +306,8 @@ def write_comparison(
     picture = grid(runs, chosen, stage)
     text = markdown(found)
     stem = os.path.join(output, "comparison")
-    report.write_text(json.dumps(report.finite(found), indent=1, allow_nan=False), f"{stem}.json")
-    report.write_text(text, f"{stem}.md")
+    files.write_text(json.dumps(tables.finite(found), indent=1, allow_nan=False), f"{stem}.json")
+    files.write_text(text, f"{stem}.md")
     if picture is not None:
         write_atomically(cv2.imencode(".png", picture)[1].tobytes(), f"{stem}.png")
     return text, picture is not None

@@ -9,13 +9,15 @@ from typing import Any, Iterable, NamedTuple, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from ucdir_plugin import report, report_html
-from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.evaluation import Evaluation, needs
-from ucdir_plugin.imageio import decode_image, image_size, images_by_stem, read_bytes
-from ucdir_plugin.options import check_metric, load_options, read_assignments
-from ucdir_plugin.pipeline import main_output, read_record
+from ucdir_plugin.evaluation import report, tables
+from ucdir_plugin.evaluation.measure import Evaluation, needs
+from ucdir_plugin.options.calls import check_metric
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.options.reading import read_assignments
 from ucdir_plugin.registry import lookup
+from ucdir_plugin.restoration.jobs import main_output, read_record
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.image_reading import image_size, images_by_stem, read_uint8
 
 WITH_TRUTH = ("lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim")
 WITH_INPUT = ("loe",)
@@ -128,14 +130,9 @@ def _hint(stem: str, known: Iterable[str]) -> str:
     return f"give --suffix {stem[len(start) :]}, if all results end so" if start else did_you_mean(stem, known)
 
 
-def read_uint8(path: str) -> np.ndarray:
-    """(H, W, 3) BGR; 16 bits are rounded to 8, gray becomes three channels, alpha is dropped."""
-    return (decode_image(read_bytes(path), path) * 255).round().astype(np.uint8)
-
-
 def evaluate(
     items: Sequence[Item], evaluation: Evaluation, output: str, about: dict[str, Any]
-) -> tuple[report.Results, dict[str, str]]:
+) -> tuple[tables.Results, dict[str, str]]:
     """Measure all, write ``metrics.json``, ``.md``, ``.csv`` and ``report.html`` to the folder ``output``.
 
     Returns:
@@ -166,10 +163,10 @@ def evaluate(
     def pictures(key: str) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         files = by_key[key].files
         images = {stage: read_uint8(files[stage]) for stage in ("input", "restored", "truth") if stage in files}
-        return report_html.part(images), images["restored"].shape[:2]
+        return report.part(images), images["restored"].shape[:2]
 
-    report.write_tables(results, os.path.join(output, "metrics"), about)
-    report_html.write_report(results, os.path.join(output, "report.html"), about, pictures)
+    tables.write_tables(results, os.path.join(output, "metrics"), about)
+    report.write_report(results, os.path.join(output, "report.html"), about, pictures)
     return results, failed
 
 

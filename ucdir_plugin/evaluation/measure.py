@@ -15,9 +15,9 @@ from basicsr.metrics import calculate_metric
 from basicsr.utils import get_root_logger
 from basicsr.utils.registry import METRIC_REGISTRY
 
-from ucdir_plugin import report
-from ucdir_plugin.errors import NotAvailable, NotMeasurable, named
+from ucdir_plugin.evaluation import tables
 from ucdir_plugin.metrics import distances, protocol
+from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, named
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """Name in tables -> ``{type: registered name, keyword arguments, better: higher or lower}``."""
@@ -90,7 +90,7 @@ class Evaluation:
         self.protocols: dict[str, dict] = {}
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, dict] = {}
-        self._rows: list[report.Row] = []
+        self._rows: list[tables.Row] = []
         self._failed: dict[str, str] = {}
         # (network, patch size, crop) -> stage -> image -> features of the result's patches and of the truth's
         self._features: dict[tuple, dict[str, dict[str, tuple]]] = {}
@@ -124,7 +124,7 @@ class Evaluation:
         truth: Optional[np.ndarray] = None,
         lq: Optional[np.ndarray] = None,
         files: Optional[Mapping[str, str]] = None,
-    ) -> report.Row:
+    ) -> tables.Row:
         """Measure an image in each of its stages.
 
         Args:
@@ -133,7 +133,7 @@ class Evaluation:
             truth, lq: what full-reference metrics, and those of the degraded input, compare with.
             files: stage or truth -> path, for who reads the table.
         """
-        row: report.Row = {"image": key, "metrics": {stage: {} for stage in stages}}
+        row: tables.Row = {"image": key, "metrics": {stage: {} for stage in stages}}
         if files:
             row["files"] = dict(files)
         for name, cfg in list(self._metrics.items()):
@@ -181,7 +181,7 @@ class Evaluation:
                 if name not in self.unavailable:
                     self._drop(name, NotAvailable(reason))
 
-    def results(self) -> report.Results:
+    def results(self) -> tables.Results:
         """All measurements, in the order of the images' keys: the same however images were shared out."""
         rows = sorted(self._rows, key=lambda row: row["image"])
         for row in rows:
@@ -198,7 +198,7 @@ class Evaluation:
                     if self.without_each:
                         found["without"] = dict(zip(keys, distances.without_each(kind, pairs)))
         failed = {key: self._failed[key] for key in sorted(self._failed)}
-        return report.Results(rows, self.protocols, sets, self.unavailable, failed)
+        return tables.Results(rows, self.protocols, sets, self.unavailable, failed)
 
 
 def _with_folder(cfg: Mapping[str, Any], weights_dir: Optional[str]) -> dict[str, Any]:

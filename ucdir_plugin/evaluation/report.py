@@ -16,9 +16,10 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import cv2
 import numpy as np
 
-from ucdir_plugin import report
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.evaluation import tables
+from ucdir_plugin.evaluation.intervals import CONFIDENCE
 from ucdir_plugin.metrics import protocol
+from ucdir_plugin.utils.files import write_atomically
 
 SIDE = 768
 """Of the part that is shown of a larger image."""
@@ -108,7 +109,7 @@ class Store:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def ranking(results: report.Results) -> Optional[tuple[str, str]]:
+def ranking(results: tables.Results) -> Optional[tuple[str, str]]:
     """(stage, metric) that tells good images from bad: LPIPS, else PSNR, else the first measured, of the last stage."""
     for stage, counts in reversed(results.measured().items()):
         kinds: dict[Any, str] = {}
@@ -121,7 +122,7 @@ def ranking(results: report.Results) -> Optional[tuple[str, str]]:
     return None
 
 
-def extremes(results: report.Results) -> list[tuple[str, str, float]]:
+def extremes(results: tables.Results) -> list[tuple[str, str, float]]:
     """(worst | median | best, key, value) by :func:`ranking`; fewer if there are fewer images."""
     by = ranking(results)
     if by is None:
@@ -149,7 +150,7 @@ def _picture(label: str, key: str, about: str, images: Pictures, size: Sequence[
 
 
 def write_report(
-    results: report.Results,
+    results: tables.Results,
     path: str | os.PathLike,
     about: Mapping[str, Any],
     pictures: Optional[Callable[[str], tuple[Pictures, Sequence[int]]]] = None,
@@ -164,7 +165,7 @@ def write_report(
     Raises:
         UserError: if it cannot be written.
     """
-    stored = report.as_data(results, about)
+    stored = tables.as_data(results, about)
     summary, intervals = results.summary(), results.intervals()
     means: dict[str, dict[str, dict[str, Any]]] = {}
     for stage, values in summary.items():
@@ -176,10 +177,10 @@ def write_report(
             means.setdefault(stage, {})[metric] = {"value": value, "note": note}
     notes = [f"{len(results.rows)} images."]
     if any(b for found in intervals.values() for b in found.values()):
-        notes[0] += f" In brackets: {report.CONFIDENCE:.0%} intervals of the mean, by the bootstrap over images."
+        notes[0] += f" In brackets: {CONFIDENCE:.0%} intervals of the mean, by the bootstrap over images."
     if any("standard_error" in r for found in results.sets.values() for r in found.values()):
         notes[0] += " ±: standard error."
-    notes += report.remarks(results)
+    notes += tables.remarks(results)
     chosen = extremes(results) if pictures is not None else []
     by = ranking(results)
     shown = [_picture(label, key, f"{by[1]} {value:.4f} ({by[0]})", *pictures(key)) for label, key, value in chosen]
@@ -212,6 +213,6 @@ def write_report(
         else "",
         "pictures": shown,
     }
-    text = json.dumps(report.finite(data), allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(tables.finite(data), allow_nan=False).replace("<", "\\u003c")
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     write_atomically(template.replace("/*DATA*/", text, 1).encode(), path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import math
@@ -12,90 +11,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
-import numpy as np
-from scipy.stats import bootstrap, norm, t
-
-from ucdir_plugin.errors import UserError, named
-from ucdir_plugin.files import write_atomically
+from ucdir_plugin.evaluation.intervals import CONFIDENCE, interval
 from ucdir_plugin.metrics import protocol
-from ucdir_plugin.metrics.distances import jackknife_error
+from ucdir_plugin.utils.errors import UserError, named
+from ucdir_plugin.utils.files import write_text
 
 Row = dict[str, Any]
 """{"image": key, "metrics": {stage: {metric: value or None}}, "files": {stage or truth: path}}; stages are input,
 initial, restored; paths are absolute or relative to the table; there need be no files."""
 
-CONFIDENCE = 0.95
-"""Of all intervals."""
-
-ENOUGH_IMAGES = 5
-"""For an interval; resamples of fewer say nothing about how far the mean can be off."""
-
 # UCDIR's, then what BIR-D has besides.
 _ORDER = ["lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim", "consistency", "loe", "pi", "nrqm", "seam_score"]
 COLUMN_ORDER = [f"calculate_{name}" for name in _ORDER]
-
-
-def interval(values: Sequence[Optional[float]]) -> Optional[tuple[float, float]]:
-    """95% interval of the mean by the bootstrap over images (5000 resamples, seed 0).
-
-    Percentiles, farther out for few images (the expanded percentile interval of Hesterberg, The American Statistician
-    2015): plain ones are too narrow then.
-
-    Args:
-        values: one per image; None, where not measured, is left out.
-
-    Returns:
-        (low, high); None for fewer than :data:`ENOUGH_IMAGES` values, or where one is infinite.
-    """
-    return _interval(tuple(v for v in values if v is not None))
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> Optional[dict[str, Any]]:
-    """Differences second - first of one image each: ``mean``, its ``interval``, ``images``; None if none is finite."""
-    pairs = [b - a for a, b in zip(first, second) if np.isfinite([a, b]).all()]
-    if not pairs:
-        return None
-    return {"mean": float(np.mean(pairs)), "interval": interval(pairs), "images": len(pairs)}
-
-
-def paired_sets(
-    values: Sequence[float], first: Mapping[str, Optional[float]], second: Mapping[str, Optional[float]]
-) -> dict[str, Any]:
-    """:func:`paired` of what a set of images has one value of (FID, KID), by the jackknife over images.
-
-    Args:
-        values: of the whole set, in ``first`` and ``second``.
-        first, second: image -> value of the set without it.
-
-    Returns:
-        ``mean``: the difference second - first; its ``interval`` (Student's t), None for fewer than
-        :data:`ENOUGH_IMAGES` images or where a value is not known; ``images``.
-    """
-    whole = values[1] - values[0]
-    if first.keys() != second.keys() or None in (*first.values(), *second.values()) or len(first) < ENOUGH_IMAGES:
-        return {"mean": whole, "interval": None, "images": len(first)}
-    error = jackknife_error([second[key] - first[key] for key in first])
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, len(first) - 1)) * error
-    return {"mean": whole, "interval": (whole - reach, whole + reach), "images": len(first)}
-
-
-@functools.lru_cache(maxsize=1024)  # tables of each kind, and the page, ask for the same
-def _interval(values: tuple[float, ...]) -> Optional[tuple[float, float]]:
-    measured = np.array(values, dtype=float)
-    if len(measured) < ENOUGH_IMAGES or not np.isfinite(measured).all():
-        return None
-    n = len(measured)
-    tail = norm.cdf(np.sqrt(n / (n - 1)) * t.ppf((1 - CONFIDENCE) / 2, n - 1))
-    found = bootstrap(
-        (measured,),
-        np.mean,
-        n_resamples=5000,
-        confidence_level=1 - 2 * tail,
-        method="percentile",
-        batch=max(1, 2**22 // n),
-        random_state=0,
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def place(stamp: Optional[Mapping[str, Any]]) -> int:
@@ -149,15 +76,6 @@ class Results:
         """Names of all metrics of images and of the set, in the columns' order: the papers', then the others."""
         found = dict.fromkeys(m for values in self.summary().values() for m in values)
         return sorted(found, key=lambda metric: place(self.protocols.get(metric)))
-
-
-def write_text(text: str, path: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names of files need not be UTF-8
 
 
 def means(rows: list[Row]) -> dict[str, dict[str, Optional[float]]]:
@@ -361,9 +279,3 @@ def write_tables(results: Results, stem: str, about: Mapping[str, Any]) -> None:
         for stage, values in row["metrics"].items():
             writer.writerow([row["image"], stage, *("" if values.get(m) is None else repr(values[m]) for m in metrics)])
     write_text(buffer.getvalue(), f"{stem}.csv")
-
-
-def side_by_side(images: list[np.ndarray], gap: int = 8) -> np.ndarray:
-    """Images (H, W, 3) uint8 of one height in a row with white gaps."""
-    white = np.full((images[0].shape[0], gap, 3), 255, np.uint8)
-    return np.concatenate([part for image in images for part in (image, white)][:-1], 1)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import UserError
 
 
 @register("loss")

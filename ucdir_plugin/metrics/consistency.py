@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ucdir_plugin.errors import NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described, rgb, same_size
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import NotMeasurable, UserError
 
 
 def _check(degradation: str, quality: Optional[int]) -> None:

@@ -6,10 +6,10 @@ from typing import Any, Optional, Sequence, Union
 
 import numpy as np
 
-from ucdir_plugin.errors import NotMeasurable, UserError, at_least_one
 from ucdir_plugin.metrics.features import extract, network_stamp
 from ucdir_plugin.metrics.images import described, rgb
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import NotMeasurable, UserError, at_least_one
 
 ENOUGH_FOR_FID = 2048
 """Patches below which FID comes with a warning."""

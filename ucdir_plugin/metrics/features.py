@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.metrics.images import device, exact, imported, package_folder
 from ucdir_plugin.metrics.protocol import package_version
-from ucdir_plugin.weights import WeightsFile, read_checkpoint, sha256_of
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.downloads import WeightsFile
+from ucdir_plugin.utils.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.utils.files import sha256_of
 
 INSTALL = "pip install 'ucdir-plugin[metrics]'"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, Callable, Iterator, TypeVar
 import numpy as np
 import torch
 
-from ucdir_plugin.errors import NotAvailable, NotMeasurable, UserError
+from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, UserError
 
 F = TypeVar("F", bound=Callable)
 

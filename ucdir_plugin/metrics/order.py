@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ucdir_plugin.errors import NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described, same_size
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import NotMeasurable, UserError
 
 
 def lightness_order_error(lightness: np.ndarray, reference: np.ndarray) -> float:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from basicsr.metrics import calculate_niqe
 
-from ucdir_plugin.errors import NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described, exact, imported, package_folder, rgb
 from ucdir_plugin.metrics.protocol import package_version
 from ucdir_plugin.registry import register
-from ucdir_plugin.weights import WeightsFile
+from ucdir_plugin.utils.downloads import WeightsFile
+from ucdir_plugin.utils.errors import NotMeasurable, UserError
 
 NRQM = WeightsFile("NRQM_model.mat", "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/NRQM_model.mat")
 """Its publishers name no SHA-256: the stamp has that of the file found."""

@@ -9,11 +9,13 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from ucdir_plugin.errors import NotAvailable, NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described, device, exact, imported, package_folder, rgb, same_size
 from ucdir_plugin.metrics.protocol import package_version
 from ucdir_plugin.registry import register
-from ucdir_plugin.weights import WeightsFile, read_checkpoint, sha256_of
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.downloads import WeightsFile
+from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, UserError
+from ucdir_plugin.utils.files import sha256_of
 
 BACKBONES = {
     "alex": WeightsFile(

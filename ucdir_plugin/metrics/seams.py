@@ -7,9 +7,9 @@ from typing import Any, Sequence
 import numpy as np
 
 from ucdir_plugin.diffusion import tiling
-from ucdir_plugin.errors import NotMeasurable, UserError
 from ucdir_plugin.metrics.images import described
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.errors import NotMeasurable, UserError
 
 
 def seam_score(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:

@@ -11,9 +11,9 @@ from mmengine.dist import get_dist_info
 from torch.utils.data import Dataset
 
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
-from ucdir_plugin.options import DatasetOptions
+from ucdir_plugin.data.samples import sample_key
+from ucdir_plugin.options.schema import DatasetOptions
 from ucdir_plugin.registry import DATA_SAMPLERS, DATASETS
-from ucdir_plugin.validation import sample_key
 
 
 @DATASETS.register_module()

@@ -9,10 +9,11 @@ from basicsr.utils import tensor2img
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
-from ucdir_plugin import compat, report
-from ucdir_plugin.checkpoint import schedule_of_options
+from ucdir_plugin import compat
 from ucdir_plugin.registry import HOOKS
-from ucdir_plugin.training import LossSums, build_schedulers, update_average
+from ucdir_plugin.training.steps import LossSums, build_schedulers, update_average
+from ucdir_plugin.utils import image_writing
+from ucdir_plugin.utils.training_states import schedule_of_options
 
 
 def bare(runner: Any) -> Any:
@@ -35,7 +36,7 @@ class SeedHook(Hook):
         self.seed = seed
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        from ucdir_plugin.engine import seed_everything
+        from ucdir_plugin.training.setup import seed_everything
 
         seed_everything(self.seed, "step", runner.iter + 1, runner.rank)
 
@@ -134,7 +135,7 @@ class PicturesHook(Hook):
         for sample in outputs or () if batch_idx < self.count else ():
             images = [tensor2img([sample[n]]) for n in ("lq", "initial", "output", "gt") if sample.get(n) is not None]
             if all(image.shape == images[-1].shape for image in images):
-                strip = np.ascontiguousarray(report.side_by_side(images)[..., ::-1])
+                strip = np.ascontiguousarray(image_writing.side_by_side(images)[..., ::-1])
                 runner.visualizer.add_image(sample["key"].replace("/", "_"), strip, step=runner.iter)
 
 
@@ -171,7 +172,7 @@ class StopHook(Hook):
     priority = "VERY_LOW"
 
     def __init__(self) -> None:
-        from ucdir_plugin.engine import Stop
+        from ucdir_plugin.training.stops import Stop
 
         self.stop = Stop()
 

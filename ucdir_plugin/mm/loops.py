@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from ucdir_plugin.data.loader import PATIENCE, close
-from ucdir_plugin.errors import Stopped, UserError
 from ucdir_plugin.mm.hooks import save
 from ucdir_plugin.mm.metrics import flat
 from ucdir_plugin.registry import LOOPS
-from ucdir_plugin.training import parts_of
+from ucdir_plugin.training import testing
+from ucdir_plugin.training.steps import parts_of
+from ucdir_plugin.utils.errors import Stopped, UserError
 
 
 @LOOPS.register_module()
@@ -52,7 +53,7 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         self.accumulate = accumulate
 
     def run(self) -> Any:
-        from ucdir_plugin.engine import first_step
+        from ucdir_plugin.training.setup import first_step
 
         runner, sampler, start = self.runner, self.dataloader.sampler, self._iter
         if self._iter:
@@ -122,7 +123,7 @@ def _rows(batch: Any, rows: slice) -> Any:
 
 
 class Restoring(SRModel):
-    """A model of mm/ as validation and test of option files take one (:mod:`ucdir_plugin.validation`).
+    """A model of mm/ as validation and test of option files take one (:mod:`ucdir_plugin.training.validation`).
 
     Args:
         runner: its hooks ``PHASE_iter`` are called for each image.
@@ -179,7 +180,7 @@ class Generating(Restoring):
 
 @LOOPS.register_module()
 class RestorationLoop(BaseLoop):
-    """Validation (``val``) or test (``test``) of an option file: what :mod:`ucdir_plugin.engine` does under BasicSR.
+    """Validation (``val``) or test (``test``) of an option file: as :mod:`ucdir_plugin.training.loop` under BasicSR.
 
     Args:
         dataloader: of the first data set; MMEngine asks for its length.
@@ -199,7 +200,6 @@ class RestorationLoop(BaseLoop):
         self.evaluator, self.datasets, self.opt, self.phase, self.code = evaluator, datasets, opt, phase, 0
 
     def run(self) -> Dict[str, float]:
-        from ucdir_plugin import engine
 
         runner = self.runner
         runner.call_hook(f"before_{self.phase}")
@@ -212,9 +212,9 @@ class RestorationLoop(BaseLoop):
         sharded = isinstance(runner.model, FullyShardedDataParallel)  # its module has no whole weights else
         with FullyShardedDataParallel.summon_full_params(runner.model, writeback=False) if sharded else nullcontext():
             if self.phase == "test":
-                self.code = engine.test_sets(self.opt, model, self.datasets)
+                self.code = testing.test_sets(self.opt, model, self.datasets)
             for dataset in self.datasets if self.phase == "val" else ():
-                results = engine.validate_set(self.opt, model, dataset, runner.iter, None, stop)
+                results = testing.validate_set(self.opt, model, dataset, runner.iter, None, stop)
                 found = flat(results) if results is not None else getattr(model, "losses", {})
                 several = f"{dataset.opt['name']}/" if len(self.datasets) > 1 else ""
                 metrics.update({f"{several}{name}": value for name, value in found.items()})

@@ -8,10 +8,10 @@ import torch
 from basicsr.utils import tensor2img
 from mmengine.evaluator import BaseMetric
 
-from ucdir_plugin.evaluation import Evaluation
-from ucdir_plugin.options import check_metric
+from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.evaluation.tables import Results
+from ucdir_plugin.options.calls import check_metric
 from ucdir_plugin.registry import METRICS
-from ucdir_plugin.report import Results
 
 _STAGES = {"lq": "input", "initial": "initial", "output": "restored"}
 

@@ -12,12 +12,13 @@ from mmengine.dist import get_dist_info
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch.utils.data import default_collate
 
-from ucdir_plugin import blind, weights
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.prior_task import PriorTask
 from ucdir_plugin.registry import MODELS
-from ucdir_plugin.training import Batch, DiffusionTask, unsigned
-from ucdir_plugin.ucdir_task import UCDIRTask
+from ucdir_plugin.restoration import bird, load
+from ucdir_plugin.training.prior_task import PriorTask
+from ucdir_plugin.training.task import Batch, DiffusionTask, unsigned
+from ucdir_plugin.training.ucdir_task import UCDIRTask
+from ucdir_plugin.utils import checkpoints
+from ucdir_plugin.utils.errors import UserError
 
 Sample = Dict[str, Any]
 """``key`` (its name), ``output``, and where they are known ``initial``, ``lq``, ``gt``: (3, H, W) in [0, 1]."""
@@ -81,14 +82,14 @@ class DiffusionModel(BaseModel):
         super().__init__(data_preprocessor=DiffusionPreprocessor(task))
         self.task, self.seen = task, []
         self.net_g = task.compiled(task.network())
-        task.load_first(self.net_g, weights.load_into)
+        task.load_first(self.net_g, checkpoints.load_into)
         if opt["is_train"]:
             if opt["train"].get("ema_decay"):
                 self.net_g_ema = task.compiled(deepcopy(self.net_g)).eval().requires_grad_(False)
                 path = opt.get("path") or {}
                 if path.get("pretrain_network_g"):
                     strict = path.get("strict_load_g", True)
-                    weights.load_into(self.net_g_ema, path["pretrain_network_g"], strict, "params_ema")
+                    checkpoints.load_into(self.net_g_ema, path["pretrain_network_g"], strict, "params_ema")
             task.prepare_training()
         self.train(opt["is_train"])
 
@@ -143,7 +144,7 @@ class DiffusionModel(BaseModel):
 
 @MODELS.register_module()
 class UCDIRModel(DiffusionModel):
-    """UCDIR: a :class:`~ucdir_plugin.ucdir_task.UCDIRTask` under MMEngine; arguments as of :class:`DiffusionModel`."""
+    """UCDIR, a :class:`~ucdir_plugin.training.ucdir_task.UCDIRTask`; arguments as of :class:`DiffusionModel`."""
 
     task_class = UCDIRTask
 
@@ -165,7 +166,7 @@ class UCDIRModel(DiffusionModel):
 
 @MODELS.register_module()
 class DiffusionPriorModel(DiffusionModel):
-    """An unconditional prior: a :class:`~ucdir_plugin.prior_task.PriorTask` under MMEngine."""
+    """An unconditional prior: a :class:`~ucdir_plugin.training.prior_task.PriorTask` under MMEngine."""
 
     task_class = PriorTask
 
@@ -198,7 +199,7 @@ class BIRDModel(BaseModel):
     def __init__(self, opt: Dict[str, Any]):
         super().__init__(data_preprocessor=BlindPreprocessor())
         opt = deepcopy(opt.to_dict() if hasattr(opt, "to_dict") else opt)
-        self.restorer = blind.from_options(opt, torch.device(get_device()))
+        self.restorer = load.from_options(opt, torch.device(get_device()))
 
     def forward(self, inputs: Batch, samples: Optional[list] = None, mode: str = "tensor") -> Any:
         """Mode predict: a :data:`Sample` of each image, with ``files`` of what was learned; tensor: its output alone.
@@ -209,7 +210,7 @@ class BIRDModel(BaseModel):
         """
         if mode == "loss":
             raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
-        found = blind.restore_sample(self.restorer, inputs["lq"], samples or [""], inputs.get("known"))
+        found = bird.restore_sample(self.restorer, inputs["lq"], samples or [""], inputs.get("known"))
         if mode == "tensor":
             return found.output
         images = {"lq": inputs["lq"], "gt": inputs.get("gt"), "initial": found.initial, "output": found.output}

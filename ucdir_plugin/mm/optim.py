@@ -9,14 +9,14 @@ from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 
-from ucdir_plugin.checkpoint import check_optimizers
 from ucdir_plugin.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
-from ucdir_plugin.training import Stepper
+from ucdir_plugin.training.steps import Stepper
+from ucdir_plugin.utils.training_states import check_optimizers
 
 
 @OPTIM_WRAPPERS.register_module()
 class DiffusionOptimWrapper(OptimWrapper):
-    """Scales, clips and skips as :class:`~ucdir_plugin.training.Stepper` does.
+    """Scales, clips and skips as :class:`~ucdir_plugin.training.steps.Stepper` does.
 
     Args:
         optimizer: what steps.

@@ -1,6 +1,6 @@
 """``engine: mmengine`` of option files: tools/train.py and tools/test.py on MMEngine's runners.
 
-What only MMEngine has is in the section ``mmengine`` (:class:`ucdir_plugin.options.MMEngineOptions`).
+What only MMEngine has is in the section ``mmengine`` (:class:`ucdir_plugin.options.schema.MMEngineOptions`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from torch.utils.data import DataLoader
 
-from ucdir_plugin import compat, engine, report
-from ucdir_plugin.checkpoint import remove_leftovers
+from ucdir_plugin import compat
 from ucdir_plugin.data.loader import training_loader
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.mm import models
 from ucdir_plugin.mm.data import KeyedSampler
-from ucdir_plugin.options import apply_overrides, option_text
+from ucdir_plugin.options.reading import apply_overrides, option_text
 from ucdir_plugin.registry import SCOPE
-from ucdir_plugin.weights import find_weights, load_into, numbered, read_checkpoint
+from ucdir_plugin.training import setup, stops
+from ucdir_plugin.utils import files
+from ucdir_plugin.utils.checkpoints import load_into, numbered, read_checkpoint
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.training_states import remove_leftovers
+from ucdir_plugin.zoo.model_files import find_weights
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def told(what: str) -> Iterator[None]:
         frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(err.__traceback__)]
         ours = [name for name in frames if not name.startswith("torch.") or name.startswith("torch.utils.data")]
         owner = ours[-1] if ours else ""
-        if owner.split(".")[0] != "mmengine" or engine.is_of_lost_rank(err):
+        if owner.split(".")[0] != "mmengine" or stops.is_of_lost_rank(err):
             raise
         raise UserError(f"{what}: {type(err).__name__}: {err}") from err
 
@@ -102,8 +105,8 @@ def runner_of(opt: Dict[str, Any], root: str, launcher: str, parts: Dict[str, An
 
 def build_model(opt: Dict[str, Any]) -> torch.nn.Module:
     """The model of mm/ that ``model_type`` names, its weights a function of the seed."""
-    engine.seed_everything(opt["manual_seed"], "init")
-    return engine.build("model", getattr(models, opt["model_type"]), opt)
+    setup.seed_everything(opt["manual_seed"], "init")
+    return setup.build("model", getattr(models, opt["model_type"]), opt)
 
 
 def optim_wrapper(opt: Dict[str, Any]) -> Dict[str, Any]:
@@ -170,9 +173,9 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     root, own, options = opt["path"]["experiments_root"], opt["mmengine"], opt["train"]
     if opt["model_type"] == "BIRDModel":
         raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
-    (train_set,), val_sets = engine.build_sets(opt, ("train",)), engine.build_sets(opt, ("val",))
+    (train_set,), val_sets = setup.build_sets(opt, ("train",)), setup.build_sets(opt, ("val",))
     checkpoint = find_checkpoint(opt, root)
-    engine.agreed_start(_check(checkpoint) if checkpoint else 0, root, opt)
+    setup.agreed_start(_check(checkpoint) if checkpoint else 0, root, opt)
     model = build_model(opt)
     if checkpoint:  # MMEngine leaves out, without an error, what does not fit
         load_into(model.net_g, checkpoint, True, "params")
@@ -185,11 +188,11 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
             mkdir_and_rename(root)
         remove_leftovers(root)
         head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
-        report.write_text(head + option_text(args.opt), os.path.join(root, os.path.basename(args.opt)))
+        files.write_text(head + option_text(args.opt), os.path.join(root, os.path.basename(args.opt)))
         print(f"resuming {opt['name']} from {checkpoint}" if checkpoint else f"starting {opt['name']} from scratch")
     if opt["dist"]:
         torch.distributed.barrier()
-    engine.start_log(opt, "train")
+    setup.start_log(opt, "train")
     data = opt["datasets"]["train"]
     sampler = KeyedSampler(train_set, data["batch_size_per_gpu"], opt["manual_seed"])
     hooks = [{"type": f"{SCOPE}.SeedHook", "seed": opt["manual_seed"]}]
@@ -232,7 +235,7 @@ def test(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     """
     if "network_g" in opt:
         find_weights(opt, args.force_yml or [])
-    sets = engine.build_sets(opt, ("val", "test"))
+    sets = setup.build_sets(opt, ("val", "test"))
     if not sets:
         raise UserError("option datasets: there is no val or test dataset")
     model = build_model(opt)
@@ -243,7 +246,7 @@ def test(opt: Dict[str, Any], args: argparse.Namespace) -> int:
         mkdir_and_rename(root)
     if opt["dist"]:
         torch.distributed.barrier()
-    engine.start_log(opt, "test")
+    setup.start_log(opt, "test")
     with told("option mmengine"):
         runner = runner_of(opt, root, args.launcher, {"model": model, **loops_of(opt, "test", sets)})
         runner.test()

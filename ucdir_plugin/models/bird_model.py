@@ -8,8 +8,9 @@ from typing import Any
 from basicsr.models.base_model import BaseModel
 from basicsr.models.sr_model import SRModel
 
-from ucdir_plugin.errors import UserError
 from ucdir_plugin.registry import register
+from ucdir_plugin.restoration import load
+from ucdir_plugin.utils.errors import UserError
 
 
 @register("model")
@@ -21,11 +22,10 @@ class BIRDModel(SRModel):
 
     def __init__(self, opt: dict):
         BaseModel.__init__(self, opt)
-        from ucdir_plugin import blind  # not needed to import the package
 
         if self.is_train:
             raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
-        self.restorer = blind.from_options(opt, self.device)
+        self.restorer = load.from_options(opt, self.device)
         self.weights = self.restorer.prior.file
 
     def feed_data(self, data: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class BIRDModel(SRModel):
         Raises:
             ImageError: if this image cannot be restored.
         """
-        from ucdir_plugin.blind import restore_sample
+        from ucdir_plugin.restoration.bird import restore_sample
 
         self.initial, self.output, self.learned = restore_sample(self.restorer, self.lq, self.keys, self.known)
 

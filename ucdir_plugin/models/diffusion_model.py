@@ -13,8 +13,9 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.training import DiffusionTask, LossSums, parts_of, update_average
+from ucdir_plugin.training.steps import LossSums, parts_of, update_average
+from ucdir_plugin.training.task import DiffusionTask
+from ucdir_plugin.utils.errors import UserError
 
 
 class DiffusionModel(SRModel):

@@ -7,17 +7,17 @@ from typing import Any
 from basicsr.utils import get_root_logger
 
 from ucdir_plugin.models.diffusion_model import DiffusionModel
-from ucdir_plugin.prior_task import PriorTask
 from ucdir_plugin.registry import register
+from ucdir_plugin.training.prior_task import PriorTask
 
 
 @register("model")
 class DiffusionPriorModel(DiffusionModel):
-    """Trains a prior: :class:`~ucdir_plugin.prior_task.PriorTask` under BasicSR.
+    """Trains a prior: :class:`~ucdir_plugin.training.prior_task.PriorTask` under BasicSR.
 
     Images enter and leave in [0, 1] RGB; between they are in [-1, 1]. Option keys besides BasicSR's: ``diffusion``,
     ``train: diffusion_opt, variance_opt`` (the loss on learned variances) and those of all diffusion models, ``val:
-    samples, sampling``; see options/prior/natural64.yml. :func:`ucdir_plugin.priors.load_prior` reads what it saves.
+    samples, sampling``; see options/prior/natural64.yml. :func:`ucdir_plugin.zoo.priors.load_prior` reads its files.
 
     Raises:
         UserError: for a network of another kind, or one whose variance and losses do not go together.

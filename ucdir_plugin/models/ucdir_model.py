@@ -7,9 +7,9 @@ from typing import Any
 
 from ucdir_plugin.models.diffusion_model import DiffusionModel
 from ucdir_plugin.registry import register
-from ucdir_plugin.training import unsigned
-from ucdir_plugin.ucdir_task import UCDIRTask
-from ucdir_plugin.validation import validate
+from ucdir_plugin.training.task import unsigned
+from ucdir_plugin.training.ucdir_task import UCDIRTask
+from ucdir_plugin.training.validation import validate
 
 
 @register("model")
@@ -56,5 +56,5 @@ class UCDIRModel(DiffusionModel):
         return visuals
 
     def validation(self, dataloader, current_iter, tb_logger, save_img: bool = False) -> None:
-        """BasicSR's entry point; the work is in :func:`ucdir_plugin.validation.validate`."""
+        """BasicSR's entry point; the work is in :func:`ucdir_plugin.training.validation.validate`."""
         validate(self, dataloader.dataset, current_iter, tb_logger, save_img)

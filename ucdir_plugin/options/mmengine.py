@@ -15,7 +15,7 @@ import torch
 from mmengine import registry as mm
 
 from ucdir_plugin import registry as own
-from ucdir_plugin.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 _KINDS = {
     "hooks": mm.HOOKS,

@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.diffusion import samplers, tiling
-from ucdir_plugin.diffusion.noise import KeyPart, normal
+from ucdir_plugin.diffusion.noise import KeyPart, Noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.options.schema import sampling_schedule
+from ucdir_plugin.restoration.base import Plan, Progress
 
-if TYPE_CHECKING:  # not needed to import the package
-    from ucdir_plugin.options import SamplingOptions
-
-Noise = Callable[..., torch.Tensor]
-"""(shape of a batch, draw number, further parts of the key) -> standard normal noise."""
-
-Progress = Callable[[int], None]
-"""Called after each pass of the denoiser with the pixels that it computed."""
-
-
-def image_noise(
-    seed: int,
-    keys: Sequence[str],
-    device: torch.device | str = "cpu",
-    sample: int = 0,
-    empty: Callable[..., torch.Tensor] = torch.empty,
-) -> Noise:
-    """The noise of images: a function of the seed, the image's key and the number of the sample.
-
-    Args:
-        keys: one for each image of the batch; its relative path.
-        sample: 0 is what validation and test draw.
-        empty: allocates it, called as torch.empty.
-    """
-    more: Tuple[KeyPart, ...] = ("of", sample) if sample else ()
-
-    def noise(shape: Sequence[int], draw: int, *key: KeyPart) -> torch.Tensor:
-        result = empty(tuple(shape), device=device)
-        for image, name in zip(result, keys):
-            normal(shape[1:], seed, "sample", name, draw, *key, *more, out=image)
-        return result
-
-    return noise
-
-
-def amp_dtype(device: torch.device, amp: Optional[str], option: str) -> Optional[torch.dtype]:
-    """The type for autocast; None for float32.
-
-    Raises:
-        UserError: if the device cannot compute with it.
-    """
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError(f"{option}: fp16 needs a CUDA device; on the CPU use bf16 or leave it out")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[amp]
-
-
-def sampling_schedule(training: NoiseSchedule, options: SamplingOptions) -> NoiseSchedule:
-    """The levels to sample at: some of the training's (paper), or a new linear schedule (``rescale``, release)."""
-    if options.spacing == "rescale":
-        return NoiseSchedule.linear(options.steps, training.betas[0], options.rescale_end)
-    if options.start_timestep is not None:
-        training = training.truncate(options.start_timestep)
-    return training.respace(options.steps, "uniform" if options.spacing == "respace" else options.spacing)
+if TYPE_CHECKING:
+    from ucdir_plugin.options.schema import SamplingOptions
 
 
 class Conditioned:
@@ -82,7 +32,7 @@ class Conditioned:
         autocast: in which the networks run.
         empty: allocates tensors of the images' size, called as torch.empty; for instance in a memory-mapped file.
         progress: see :data:`Progress`.
-        condition: of each image, as the network takes it (:func:`ucdir_plugin.conditions.encode`).
+        condition: of each image, as the network takes it (:func:`ucdir_plugin.diffusion.conditions.encode`).
 
     Attributes:
         initial: the initial prediction, (B, 3, H, W) in [-1, 1].
@@ -222,22 +172,6 @@ def restore(
     """
     images = Conditioned(net, lq, training, options, autocast, condition=condition)
     return images.initial, images.sample(noise, callback)
-
-
-class Plan(NamedTuple):
-    """What one sample of an image will cost.
-
-    Attributes:
-        nfe: passes of the denoiser over the image.
-        patches: in each pass.
-        computed_ratio: pixels computed in a pass for one of the image.
-        pixels: computed in all passes.
-    """
-
-    nfe: int
-    patches: int
-    computed_ratio: float
-    pixels: int
 
 
 def plan(net: UCDIR, height: int, width: int, options: SamplingOptions) -> Plan:

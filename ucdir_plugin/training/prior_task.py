@@ -18,17 +18,19 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from ucdir_plugin import sampling
-from ucdir_plugin.diffusion.noise import generator
+from ucdir_plugin.data.samples import sample_key
+from ucdir_plugin.diffusion.noise import generator, image_noise
 from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.files import write_atomically
 from ucdir_plugin.losses.diffusion_loss import variational_terms
-from ucdir_plugin.priors import network_prior
+from ucdir_plugin.options import schema
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.training import BANDS, Batch, DiffusionTask, signed, training_noise, unsigned
-from ucdir_plugin.validation import sample_key, write_image
+from ucdir_plugin.training.steps import BANDS
+from ucdir_plugin.training.task import Batch, DiffusionTask, signed, training_noise, unsigned
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_writing import write_image
+from ucdir_plugin.zoo.priors import network_prior
 
 
 class PriorTask(DiffusionTask):
@@ -41,7 +43,7 @@ class PriorTask(DiffusionTask):
     band_log = "l_eps_l2_band"
 
     def schedule_options(self) -> type:
-        from ucdir_plugin.options import PriorScheduleOptions
+        from ucdir_plugin.options.schema import PriorScheduleOptions
 
         return PriorScheduleOptions
 
@@ -179,7 +181,7 @@ class PriorTask(DiffusionTask):
         """Images from pure noise, a function of the seed and their number alone: (count, 3, S, S) in [0, 1]."""
         prior = network_prior(net, self.schedule)
         options, size = self.sampling, prior.size
-        draw = sampling.image_noise(self.seed, [f"samples/{i}" for i in range(count)], self.device)
+        draw = image_noise(self.seed, [f"samples/{i}" for i in range(count)], self.device)
 
         def denoise(x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             with self.autocast(self.sampling_dtype):
@@ -188,7 +190,7 @@ class PriorTask(DiffusionTask):
         further = {} if options.eta is None else {"eta": options.eta}
         result = SAMPLERS[options.sampler].sample(
             denoise,
-            sampling.sampling_schedule(self.schedule, options),
+            schema.sampling_schedule(self.schedule, options),
             lambda step: draw((count, 3, size, size), step),
             options.clip_x0,
             dynamic_threshold=options.dynamic_threshold,

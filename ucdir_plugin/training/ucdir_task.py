@@ -8,10 +8,12 @@ import torch
 from basicsr.losses import build_loss
 from torch import nn
 
-from ucdir_plugin import conditions, sampling
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.diffusion import conditions
+from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.training import Batch, DiffusionTask, signed, training_noise
+from ucdir_plugin.restoration import sampling
+from ucdir_plugin.training.task import Batch, DiffusionTask, signed, training_noise
+from ucdir_plugin.utils.errors import UserError
 
 
 class UCDIRTask(DiffusionTask):
@@ -21,7 +23,7 @@ class UCDIRTask(DiffusionTask):
     """
 
     def schedule_options(self) -> type:
-        from ucdir_plugin.options import ScheduleOptions
+        from ucdir_plugin.options.schema import ScheduleOptions
 
         return ScheduleOptions
 
@@ -113,7 +115,7 @@ class UCDIRTask(DiffusionTask):
             batch["lq"],
             self.schedule,
             self.sampling,
-            sampling.image_noise(self.seed, keys, self.device),
+            image_noise(self.seed, keys, self.device),
             lambda: self.autocast(self.sampling_dtype),
             condition=None if condition is None else condition.to(self.device),
         )

@@ -6,7 +6,6 @@ import os
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Iterator, Optional
 
-import cv2
 import numpy as np
 import torch.distributed as dist
 from basicsr.models.sr_model import SRModel
@@ -15,13 +14,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from ucdir_plugin import report
 from ucdir_plugin.data.loader import PatientDataset
-from ucdir_plugin.errors import ImageError, Stopped
-from ucdir_plugin.evaluation import Evaluation
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.imageio import check_inside
-from ucdir_plugin.report_html import Store
+from ucdir_plugin.data.samples import sample_key
+from ucdir_plugin.evaluation import tables
+from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.evaluation.report import Store
+from ucdir_plugin.utils import image_writing
+from ucdir_plugin.utils.errors import ImageError, Stopped
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_writing import write_image
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
 
@@ -45,28 +46,6 @@ def bare_networks(model: Any) -> Iterator[None]:
         vars(model).update(wrapped)
 
 
-def sample_key(data: dict[str, Any], dataset_opt: dict) -> str:
-    """The image's relative path: its name in tables and the key of its noise."""
-    if "key" in data:
-        return data["key"][0]
-    path, root = data["lq_path"][0], dataset_opt.get("dataroot_lq")
-    if not os.path.exists(path):  # the key of an LMDB
-        return check_inside(path, dataset_opt["name"])
-    return check_inside(os.path.relpath(path, root), dataset_opt["name"]) if root else os.path.basename(path)
-
-
-def write_image(image: np.ndarray, path: str) -> None:
-    """Write a PNG, whole or not at all.
-
-    Args:
-        image: (H, W) or (H, W, 3) BGR, uint8 or uint16.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    write_atomically(cv2.imencode(".png", image)[1].tobytes(), path)
-
-
 def validate(
     model: Any,
     dataset: Dataset,
@@ -76,7 +55,7 @@ def validate(
     store: Optional[Store] = None,
     settings: str = "",
     stop: Any = None,
-) -> report.Results:
+) -> tables.Results:
     """Restore every image of ``dataset``, measure input, initial prediction and result, log and write them.
 
     Args:
@@ -87,7 +66,7 @@ def validate(
         store: keeps each image's pictures, stage or ``truth`` -> (H, W, 3) BGR uint8; those that it has of the same
             ``settings`` and files are not made again.
         settings: all that decides what comes out.
-        stop: of a training (:class:`ucdir_plugin.engine.Stop`).
+        stop: of a training (:class:`ucdir_plugin.training.stops.Stop`).
 
     Returns:
         the measurements of all images, on every rank.
@@ -208,7 +187,7 @@ def _write_pictures(opt: dict, dataset: str, key: str, images: dict, truth: Any,
         strip = os.path.join(folder, f"{dataset}_side_by_side", f"{stem}.png")
     parts = [*(images[n] for n in STAGES if n in images), *([truth] if truth is not None else [])]
     if all(part.shape == parts[0].shape for part in parts):
-        write_image(report.side_by_side(parts), strip)
+        write_image(image_writing.side_by_side(parts), strip)
     elif opt["is_train"]:
         write_image(images["result"], strip)
     return files

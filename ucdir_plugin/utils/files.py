@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, Iterable, Iterator
 
-from ucdir_plugin.errors import WriteError, free_space
+from ucdir_plugin.utils.errors import WriteError, free_space
 
 # .NAME.PID.tmp of atomic_write, and .NAME.PID.part, which pipeline renames only together with an image's other files.
 _LEFTOVER = re.compile(r"\.{1,2}(?P<name>.+?)\.(?P<pid>\d+)\.(tmp|part|part\.\d+\.tmp)")
@@ -27,7 +28,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """An open binary file with a temporary name, flushed to the disk and renamed to ``path`` at the end of the block.
 
     Readers see the old file or the new one. The folder is made; after an error nothing is left behind, and what a
-    killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.checkpoint.remove_leftovers`,
+    killed process leaves is hidden and ends in .tmp (:func:`ucdir_plugin.utils.training_states.remove_leftovers`,
     :func:`remove_leftovers_of`).
 
     Raises:
@@ -119,3 +120,27 @@ def write_atomically(content: bytes, path: str | os.PathLike) -> None:
     """
     with atomic_write(path) as file:
         file.write(content)
+
+
+def write_text(text: str, path: str) -> None:
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    write_atomically(text.encode("utf-8", "backslashreplace"), path)  # names of files need not be UTF-8
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits; computed again only when the file has changed."""
+    status = os.stat(path)
+    return _sha256(os.path.abspath(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, _modified: int, _size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            digest.update(part)
+    return digest.hexdigest()

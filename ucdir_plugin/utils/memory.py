@@ -12,7 +12,7 @@ from typing import Callable, Optional, Sequence
 
 import torch
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 
 def keep_freed_memory() -> None:

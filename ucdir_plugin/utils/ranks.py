@@ -13,7 +13,7 @@ from typing import List, Mapping, NamedTuple, Sequence, TypeVar
 
 import torch.distributed as dist
 
-from ucdir_plugin.errors import UserError
+from ucdir_plugin.utils.errors import UserError
 
 T = TypeVar("T")
 

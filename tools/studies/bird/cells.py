@@ -17,16 +17,17 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from ucdir_cli.studies.bird.cases import BORDER, CASES, SIZE, Case, Images
+from ucdir_cli.studies.bird.classical import CLASSICAL, as_input
 
-from ucdir_plugin import report, restorer
-from ucdir_plugin.blind import known_kernel
 from ucdir_plugin.data.degradations import chain, degrade
-from ucdir_plugin.evaluation import Evaluation
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.folders import read_uint8
-from ucdir_plugin.study.cases import BORDER, CASES, SIZE, Case, Images
-from ucdir_plugin.study.classical import CLASSICAL, as_input
-from ucdir_plugin.validation import write_image
+from ucdir_plugin.evaluation import tables
+from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.restoration import load
+from ucdir_plugin.restoration.bird_options import known_kernel
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_reading import read_uint8
+from ucdir_plugin.utils.image_writing import write_image
 
 METRICS = {
     "psnr": {"type": "calculate_psnr", "crop_border": BORDER},
@@ -124,7 +125,7 @@ def _load(cell: Cell, steps: int) -> Any:
     if cell.system in GENERATING:
         settings.setdefault("steps", steps)
     keys.update(task=case.task, prior=cell.prior, tile=0, **dict(cell.bird))
-    return restorer.load_model("bird", device="cpu", bird=keys, sampling=settings)
+    return load.load_model("bird", device="cpu", bird=keys, sampling=settings)
 
 
 def _unit(image: np.ndarray) -> torch.Tensor:
@@ -227,7 +228,7 @@ def niqe(images: Sequence[np.ndarray]) -> Optional[float]:
     return float(calculate_niqe(mosaic(images), crop_border=0)) if len(images) >= 4 else None
 
 
-def measure(cell: Cell, done: Done, images: Images, evaluation: Evaluation) -> report.Results:
+def measure(cell: Cell, done: Done, images: Images, evaluation: Evaluation) -> tables.Results:
     extra: Dict[str, Dict[str, float]] = {}
     for name, image in done.images.items():
         y, known = read_uint8(images.input(cell.case, name)).astype(np.float32), images.known(cell.case, name)
@@ -258,14 +259,14 @@ def fingerprint(cell: Cell, model: Any, images: Images) -> str:
 
 def run_cell(
     cell: Cell, images: Images, steps: int, batch: int, evaluation: Evaluation
-) -> Tuple[report.Results, Dict[str, Any], bool]:
+) -> Tuple[tables.Results, Dict[str, Any], bool]:
     """A cell's measurements by an empty evaluation, and what is known of it; and whether it was restored now."""
     folder = os.path.join(images.folder, cell.folder)
     path = os.path.join(folder, "metrics.json")
     model = _load(cell, steps) if cell.system in SYSTEMS else None
     mark = fingerprint(cell, model, images)
     if os.path.isfile(path):
-        results, about = report.read_results(path)
+        results, about = tables.read_results(path)
         if about.get("fingerprint") == mark:
             return results, about, False
     done = run_classical(cell, images) if model is None else run_bird(cell, model, images, batch)
@@ -285,5 +286,5 @@ def run_cell(
         "nfe": done.nfe,
         "threads": torch.get_num_threads(),
     }
-    write_atomically(json.dumps(report.as_data(results, about), indent=1, allow_nan=False).encode(), path)
+    write_atomically(json.dumps(tables.as_data(results, about), indent=1, allow_nan=False).encode(), path)
     return results, about, True

@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 from skimage import exposure, filters, restoration, transform
+from ucdir_cli.studies.bird.cases import SIZE, Case
 
-from ucdir_plugin.blind import known_kernel
-from ucdir_plugin.study.cases import SIZE, Case
+from ucdir_plugin.restoration.bird_options import known_kernel
 
 Classical = Callable[[np.ndarray, Case, Optional[np.ndarray]], np.ndarray]
 

@@ -6,13 +6,13 @@ import os
 from typing import Callable, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
+from ucdir_cli.studies.bird.cases import CASES, SIZE, chosen, prepare
+from ucdir_cli.studies.bird.cells import GENERATING, METRICS, SYSTEMS, Cell, applies, run_cell
+from ucdir_cli.studies.bird.classical import CLASSICAL
+from ucdir_cli.studies.bird.tables import Measured, pictures, write_study
 
-from ucdir_plugin.errors import UserError, did_you_mean
-from ucdir_plugin.evaluation import Evaluation
-from ucdir_plugin.study.cases import CASES, SIZE, chosen, prepare
-from ucdir_plugin.study.cells import GENERATING, METRICS, SYSTEMS, Cell, applies, run_cell
-from ucdir_plugin.study.classical import CLASSICAL
-from ucdir_plugin.study.tables import Measured, pictures, write_study
+from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 
 def main_part(priors: Sequence[str], cases: Sequence[str], images: int) -> List[Cell]:

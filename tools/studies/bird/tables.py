@@ -7,16 +7,18 @@ import statistics
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
+from ucdir_cli.studies.bird.cases import CASES, SIZE, Images
+from ucdir_cli.studies.bird.cells import COLUMNS, Cell
+from ucdir_cli.studies.figures import trends_figure
 
-from ucdir_plugin import report
-from ucdir_plugin.figure import trends_figure
-from ucdir_plugin.files import write_atomically
-from ucdir_plugin.folders import read_uint8
-from ucdir_plugin.study.cases import CASES, SIZE, Images
-from ucdir_plugin.study.cells import COLUMNS, Cell
-from ucdir_plugin.validation import write_image
+from ucdir_plugin.evaluation import tables
+from ucdir_plugin.utils import files, image_writing
+from ucdir_plugin.utils import files as file_tools
+from ucdir_plugin.utils.files import write_atomically
+from ucdir_plugin.utils.image_reading import read_uint8
+from ucdir_plugin.utils.image_writing import write_image
 
-Measured = Tuple[Cell, report.Results, Dict[str, Any]]
+Measured = Tuple[Cell, tables.Results, Dict[str, Any]]
 
 
 def _mean(values: Sequence[Optional[float]]) -> Optional[float]:
@@ -84,7 +86,7 @@ def write_study(parts: Mapping[str, Sequence[Measured]], path: str, head: str) -
         for case in dict.fromkeys(cell.case for cell, *_ in measured):
             rows = rows_of([item for item in measured if item[0].case == case])
             text += [f"### {CASES[case].title}", table(rows)]
-    report.write_text("\n\n".join(text) + "\n", path)
+    files.write_text("\n\n".join(text) + "\n", path)
 
 
 def pictures(parts: Mapping[str, Sequence[Measured]], images: Images, names: Sequence[str]) -> List[str]:
@@ -101,12 +103,12 @@ def pictures(parts: Mapping[str, Sequence[Measured]], images: Images, names: Seq
         for name in names:
             files = [images.truth(name), *(os.path.join(images.folder, cell.folder, name) for cell in cells)]
             blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
-            rows.append(report.side_by_side([read_uint8(f) if os.path.isfile(f) else blank for f in files], 4))
+            rows.append(image_writing.side_by_side([read_uint8(f) if os.path.isfile(f) else blank for f in files], 4))
         path = os.path.join(images.folder, "pictures", f"{case}.png")
         gap = np.full((4, rows[0].shape[1], 3), 255, np.uint8)
         write_image(np.concatenate([p for row in rows for p in (row, gap)][:-1], 0), path)
         legend = "\n".join(["truth", *(cell.label for cell in cells)])
-        report.write_text(legend + "\n", os.path.join(images.folder, "pictures", f"{case}.txt"))
+        file_tools.write_text(legend + "\n", os.path.join(images.folder, "pictures", f"{case}.txt"))
         written.append(path)
         kept = {c.label: os.path.join(images.folder, c.folder, "trends.npy") for c in cells if c in restored}
         trends = {label: np.load(file) for label, file in kept.items() if os.path.isfile(file)}

@@ -19,7 +19,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 from basicsr.utils import get_root_logger
 
-from ucdir_plugin.archs.akgm_tiled import memory_format
+from ucdir_plugin.archs.akgm.tiled import memory_format
 
 SOURCE = Path(__file__).with_name("akgm.cpp")
 FLAGS = {
@@ -87,7 +87,7 @@ def _build(flags: Sequence[str], path: Path) -> None:
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """See :func:`ucdir_plugin.archs.akgm.adaptive_kernel_conv`; float32 or float64.
+    """See :func:`ucdir_plugin.archs.akgm.convolution.adaptive_kernel_conv`; float32 or float64.
 
     Raises:
         ValueError: for shapes that do not fit, or tensors that are not on the CPU.

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from basicsr.utils import get_root_logger
 
-from ucdir_plugin.archs import akgm_compiled, akgm_tiled
+from ucdir_plugin.archs.akgm import compiled as akgm_compiled
+from ucdir_plugin.archs.akgm import tiled as akgm_tiled
 
 # From this width on the matrix products are nearly all of the cost. To compute one again then costs more than to keep
 # all C * N channels, where these are few: training is 1.1 times (C = 256) to 1.5 times (C = 512) faster with the loop
@@ -86,7 +87,7 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Optional[ModuleType]:
     if dtype == torch.float64 or os.environ.get("UCDIR_COMPILE") == "0":
         return None
     try:
-        from ucdir_plugin.archs import akgm_triton
+        from ucdir_plugin.archs.akgm import triton as akgm_triton
 
         if not akgm_triton.available():
             return None

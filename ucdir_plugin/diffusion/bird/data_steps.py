@@ -12,8 +12,8 @@ from typing import List, Literal, Optional, Sequence, Union
 
 import torch
 
-from ucdir_plugin.diffusion.degradation import Degradation
-from ucdir_plugin.errors import UserError, at_least, at_least_one
+from ucdir_plugin.diffusion.bird.degradation import Degradation
+from ucdir_plugin.utils.errors import UserError, at_least, at_least_one
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy.fft import next_fast_len
 
 from ucdir_plugin.diffusion.noise import generator
-from ucdir_plugin.errors import UserError, at_least_one
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 Padding = Literal["reflect", "zeros", "valid"]
 PADDINGS = ("reflect", "zeros", "valid")

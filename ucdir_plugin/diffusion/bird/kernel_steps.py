@@ -10,8 +10,8 @@ from typing import List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from ucdir_plugin.diffusion.degradation import Degradation, project_simplex
-from ucdir_plugin.errors import UserError, at_least
+from ucdir_plugin.diffusion.bird.degradation import Degradation, project_simplex
+from ucdir_plugin.utils.errors import UserError, at_least
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,22 @@ A solver is a prior, a data step and a kernel step in a reverse process; a prese
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ucdir_plugin.diffusion import guidance, tiling
-from ucdir_plugin.diffusion.degradation import Degradation, start_kernel
-from ucdir_plugin.diffusion.guidance import AdaptiveScale, Level, Observation
+from ucdir_plugin.diffusion import tiling
+from ucdir_plugin.diffusion.bird import data_steps
+from ucdir_plugin.diffusion.bird.data_steps import AdaptiveScale, Level, Observation
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.records import Result, StepRecord, Trace
+from ucdir_plugin.diffusion.bird.settings import Settings
 from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.diffusion.samplers import clamp_finite
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.diffusion.tasks import Settings
-from ucdir_plugin.errors import UserError, at_least_one
+from ucdir_plugin.utils.errors import UserError, at_least_one
 
 Noise = Callable[..., torch.Tensor]
 """(shape, draw, further parts of the key) -> standard normal noise, as of ``sampling.image_noise``."""
@@ -78,74 +79,6 @@ def reverse_schedule(prior: Prior, settings: Settings) -> NoiseSchedule:
     if settings.steps > within:
         raise UserError(f"steps {settings.steps} is more than the prior's {within} levels up to sigma {start:.3g}")
     return known.truncate(within).respace(settings.steps, settings.levels)
-
-
-@dataclass
-class StepRecord:
-    """What one step did; tensors are (B, ...) in [-1, 1], and valid until the next step.
-
-    Attributes:
-        number: from 0.
-        t: index of the level.
-        x_t, x0: state, and the prior's estimate of x_0.
-        mean_unguided, log_variance: of x_{t-1} by the prior alone; only for ancestral and ddim.
-        guided: what the data step did (the last one).
-        mean: of x_{t-1}.
-        x_prev: the new state.
-        terms: of the adaptive scale, for each observation; without it empty.
-    """
-
-    number: int
-    t: int
-    x_t: torch.Tensor
-    x0: torch.Tensor
-    mean_unguided: Optional[torch.Tensor]
-    log_variance: Optional[torch.Tensor]
-    guided: guidance.Guided
-    mean: torch.Tensor
-    x_prev: torch.Tensor
-    terms: List[dict]
-
-
-@dataclass
-class Trace:
-    """What was learned, step by step, on the CPU: lists with an entry for each step (paper, figures 11 and 12).
-
-    Attributes:
-        sigma: noise level on the scale of [0, 1].
-        loss, scale, mask_mean: (observations, B) each; scale is NaN for data steps without one.
-        kernel: for each observation (B, C, 1 or C, k, k).
-    """
-
-    sigma: List[float] = field(default_factory=list)
-    loss: List[torch.Tensor] = field(default_factory=list)
-    scale: List[torch.Tensor] = field(default_factory=list)
-    mask_mean: List[torch.Tensor] = field(default_factory=list)
-    kernel: List[List[torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def kernel_sum(self) -> List[torch.Tensor]:
-        """(observations, B, C) for each step: the gain of each channel."""
-        return [torch.stack([k.sum((2, 3, 4)) for k in kernels]) for kernels in self.kernel]
-
-
-@dataclass
-class Result:
-    """What a solver found.
-
-    Attributes:
-        image: (B, C, H, W) in [-1, 1] up to overshoot; NaN where it failed.
-        observations: with what was learned of each degradation.
-        degraded: D(image) for each observation, like y, in [-1, 1].
-        trace: of the steps.
-        failed: for each image, why it was given up; None where it was not.
-    """
-
-    image: torch.Tensor
-    observations: List[Observation]
-    degraded: List[torch.Tensor]
-    trace: Trace
-    failed: List[Optional[str]]
 
 
 class Solver:
@@ -319,11 +252,11 @@ class Solver:
         level = Level((1 / alpha_bar - 1) ** 0.5 / 2, c1, len(schedule))
         x0, v = self.predict(x_t, t)
         fresh = settings.transition == "fresh"
-        adaptive = isinstance(settings.data, guidance.Gradient) and isinstance(settings.data.scale, AdaptiveScale)
+        adaptive = isinstance(settings.data, data_steps.Gradient) and isinstance(settings.data.scale, AdaptiveScale)
         log_variance = None if fresh and not adaptive else self.log_variance(x_t, v, t)
         unguided = None if fresh and not adaptive else c1 * x0 + c2 * x_t
         self._aim(number, x_t, alpha_bar, adaptive, log_variance)
-        error = settings.data.error(level.sigma) if isinstance(settings.data, guidance.Proximal) else level.sigma
+        error = settings.data.error(level.sigma) if isinstance(settings.data, data_steps.Proximal) else level.sigma
         for _ in range(settings.inner):
             guided = settings.data(x0, self.observations, level)
             image = ((x0 if settings.simultaneous else guided.x0) + 1) / 2
@@ -378,7 +311,7 @@ class Solver:
         if rule.initial is None:
             for o in self.observations:
                 if o.numerator is None:  # mu = x_T
-                    density = guidance.log_density(o.guess - x_t, rule.log_variance(log_variance))
+                    density = data_steps.log_density(o.guess - x_t, rule.log_variance(log_variance))
                     o.numerator = 2 * density
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""The commands, installed as the package ``ucdir_cli``; benchmarks and studies stay in the repository."""

@@ -1,0 +1,1 @@
+"""Trained systems on test sets, by a plan; what tools/study_ucdir.py runs."""

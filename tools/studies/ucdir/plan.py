@@ -1,0 +1,109 @@
+"""Plans: which trained systems a study restores and measures, read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Dict, List, Optional
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ucdir_plugin.options.reading import read_yaml_file
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+
+INPUT = "input"
+"""``model`` of the run that restores nothing."""
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A system, and how it is used.
+
+    Attributes:
+        name: in tables.
+        model, weights, sampling: as of :func:`ucdir_plugin.load_model`; the model ``input`` is the degraded image.
+        seeds: how many, from 0 on; what varies with them is a mean.
+        samples: of which the mean is measured.
+        blend: 0 is the initial prediction.
+        iteration: of the training, for the curves; runs of one name then differ in it.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    model: str
+    weights: Optional[str] = None
+    sampling: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: int = 1
+    samples: int = 1
+    blend: float = 1.0
+    iteration: Optional[int] = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.iteration is None else f"{self.name}, {self.iteration} iterations"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Runs that stand in one table.
+
+    Attributes:
+        title: of the table.
+        runs: the first is what the others are compared with, unless ``against`` names another one.
+        images: how many of each set, evenly spread; all if left out.
+        sets: only these of the option file's.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    title: str
+    runs: List[Run]
+    against: Optional[str] = None
+    images: Optional[int] = None
+    sets: Optional[List[str]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """``opt``: the option file of sets and metrics; ``parts``: name -> :class:`Part`."""
+
+    __pydantic_config__ = _STRICT
+
+    opt: str
+    parts: Dict[str, Part]
+
+
+def read_plan(path: str) -> Plan:
+    """
+    Raises:
+        UserError: naming the first fault.
+    """
+    raw = read_yaml_file(path)
+    try:
+        plan = TypeAdapter(Plan).validate_python(raw)
+    except ValidationError as err:
+        error = err.errors()[0]
+        where = ":".join(str(place) for place in error["loc"])
+        raise UserError(f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}") from err
+    if not plan.parts:
+        raise UserError(f"{path}: parts: there are none")
+    for name, part in plan.parts.items():
+        here = f"{path}: parts:{name}"
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{here}: a name of letters, digits, _ and - is expected")
+        labels = [run.label for run in part.runs]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice or not labels:
+            raise UserError(f"{here}: " + (f"two runs are called {twice}" if twice else "no runs"))
+        if part.against is not None and part.against not in labels:
+            raise UserError(f"{here}: against: {did_you_mean(part.against, labels)}")
+        if any(min(run.seeds, run.samples) < 1 for run in part.runs) or (part.images is not None and part.images < 1):
+            raise UserError(f"{here}: seeds, samples and images are 1 or more")
+        idle = next((run for run in part.runs if run.model == INPUT and run != Run(run.name, INPUT)), None)
+        if idle:
+            raise UserError(f"{here}: {idle.name}: the input has a name and nothing else")
+    return plan

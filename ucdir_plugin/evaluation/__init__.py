@@ -1,0 +1,1 @@
+"""Measuring images, tables and reports of what was measured, and comparing runs."""

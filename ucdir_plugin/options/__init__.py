@@ -1,0 +1,1 @@
+"""Option files: read safely, checked strictly, completed with defaults."""

@@ -1,0 +1,49 @@
+"""Files that belong to an image: its mask, and further observations."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Tuple
+
+import torch
+
+from ucdir_plugin.utils import files, image_reading
+from ucdir_plugin.utils.errors import ImageError
+
+
+def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.Tensor:
+    """What is known of an image, from a picture of its holes.
+
+    Args:
+        size: (height, width) that it must have.
+        holes: which of its pixels are holes: ``white`` (128 and more of 255) or ``black``.
+
+    Returns:
+        (1, 1, H, W) of 0 (hole) and 1 (known).
+
+    Raises:
+        ImageError: if it is of another size, or leaves nothing of the image.
+    """
+    photo = image_reading.read_photo(path, image_reading.MAX_PIXELS)
+    height, width = photo.pixels.shape[:2]
+    if (height, width) != tuple(size):
+        raise ImageError(f"mask {path} is {width}x{height}, the image {size[1]}x{size[0]}: they must have one size")
+    bright = image_reading.to_tensor(photo).mean(1, keepdim=True) >= 0.5
+    known = (~bright if holes == "white" else bright).float()
+    if not bool(known.any()):
+        raise ImageError(
+            f"mask {path} leaves nothing of the image: {holes} marks holes (bird: holes says which colour does)"
+        )
+    return known
+
+
+def _fingerprint(path: str) -> str:
+    """Whether a file, or what lies in a folder, is still the same."""
+    if os.path.isfile(path):
+        return files.sha256_of(path)
+    digest = hashlib.sha256()
+    for name in image_reading.list_images(path, "folder") if os.path.isdir(path) else ():
+        state = os.stat(os.path.join(path, name))
+        digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()

@@ -1,0 +1,232 @@
+"""Restorers from a name, an option file or a model file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+
+import torch
+
+from ucdir_plugin import zoo
+from ucdir_plugin.archs import UCDIR
+from ucdir_plugin.archs.sizing import check_network
+from ucdir_plugin.diffusion.bird import solver
+from ucdir_plugin.diffusion.bird.settings import ablation
+from ucdir_plugin.diffusion.bird.tasks import preset, task_named
+from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.options.check import check_options, load_options
+from ucdir_plugin.options.reading import read_options
+from ucdir_plugin.options.schema import (
+    BirdOptions,
+    FirstStageOptions,
+    SamplingOptions,
+    ScheduleOptions,
+    sampling_options,
+)
+from ucdir_plugin.registry import build_arch
+from ucdir_plugin.restoration import bird_options
+from ucdir_plugin.restoration.bird import COLOUR_SIGMA, COLOUR_STEPS, BlindRestorer
+from ucdir_plugin.restoration.bird_options import _method, changed, known_kernel
+from ucdir_plugin.restoration.network import _ONE_PASS, Restorer
+from ucdir_plugin.utils import checkpoints, files
+from ucdir_plugin.utils.devices import choose_device
+from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.zoo import model_files, priors
+
+if TYPE_CHECKING:
+    from ucdir_plugin.restoration.bird import BlindRestorer
+
+
+def _load_first(stage: FirstStageOptions, device: torch.device) -> Any:
+    if stage.model.endswith((".yml", ".yaml")) and (read_options(stage.model).get("bird") or {}).get("first_stage"):
+        raise UserError(f"option bird:first_stage:model: {stage.model} has a first stage itself; remove that")
+    return load_model(stage.model, stage.weights, device=str(device))
+
+
+def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
+    """A restorer of checked options.
+
+    Raises:
+        UserError: if the prior cannot be loaded, or something does not fit it.
+    """
+    options = BirdOptions(**opt["bird"])
+    task = task_named(options.task)
+    settings = preset(options.preset, options.task)
+    blur = None
+    if options.blur is not None:
+        if not task.simplex:
+            raise UserError(f"option bird:blur has no meaning for task {options.task}; remove it")
+        blur, settings = known_kernel(options.blur), settings.known()
+    prior = priors.load_prior(options.prior, device, options.network)
+    if options.preset == "default" and task.gray and prior.generates:
+        much = min(COLOUR_SIGMA, prior.sigma_max)
+        settings = dataclasses.replace(settings, sigma_start=much, steps=COLOUR_STEPS)
+    if options.solver == "bird":
+        settings = changed(settings, options.settings, "bird:settings")
+    if options.noise is not None and options.solver == "bird":
+        if not hasattr(settings.data, "noise"):
+            raise UserError(
+                f"option bird:noise has no meaning for a data step of gradients ({options.preset}); remove it"
+            )
+        settings = changed(settings, {"data": {"noise": options.noise / 255}}, "bird:settings")
+    if options.ablation is not None and options.solver == "bird":
+        settings = ablation(settings, options.ablation)
+    method = None
+    if options.solver != "bird":
+        method = _method(options, task, blur)
+    else:
+        solver.reverse_schedule(prior, settings)
+    stage = options.first_stage
+    if stage is not None and stage.use != "start" and (blur is not None or options.observations):
+        what = "blur" if blur is not None else "observations"
+        raise UserError(f"option bird:first_stage: a target is restored instead of all else: remove bird:{what}")
+    first = _load_first(stage, device) if stage is not None and stage.model is not None else None
+    about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
+    if prior.file is not None:
+        about.update(weights=os.path.basename(prior.file), weights_sha256=files.sha256_of(prior.file))
+    notes = {f"prior {options.prior}: {name}": text for name, text in prior.notes.items()}
+    return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about, notes)
+
+
+TILE = 1024
+"""Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
+
+
+def load_model(
+    model: str,
+    weights_file: Optional[str] = None,
+    *,
+    device: str = "auto",
+    dtype: Optional[str] = None,
+    sampling: Optional[Mapping[str, Any]] = None,
+    bird: Optional[Mapping[str, Any]] = None,
+) -> Union[Restorer, BlindRestorer]:
+    """Build a network and load its weights; or load the prior of BIR-D.
+
+    Args:
+        model: ``bird``, a model of the package (``jpeg_small``, see ucdir_plugin/zoo), an option file (.yml) of any
+            model with a ``network_g``, or a file (.safetensors) written by tools/convert_weights.py, which has its
+            options in it.
+        weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
+            the working directory, else its ``path: pretrain_network_g``.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: fp32, bf16 or fp16 (CUDA only) for the networks. Default: the model's ``amp``, else fp32.
+        sampling: replaces keys of the option file's ``val: sampling``, e.g. ``{"sampler": "ddim", "steps": 10, "tile":
+            512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything. For BIR-D they are
+            keys of ``bird: settings``.
+        bird: for BIR-D, replaces keys of the option file's ``bird``, e.g. ``{"task": "deblur", "prior": "ffdnet"}``.
+
+    Raises:
+        UserError: one line that names what is wrong.
+    """
+    chosen, notes = choose_device(device), {}
+    found = _blind(model, weights_file, dtype, sampling or {}, bird or {})
+    if found is not None:
+        return from_options(found, chosen)
+    if model in zoo.names("model"):
+        model = zoo.find(model)
+    if model.endswith(".safetensors"):
+        if weights_file is not None:
+            raise UserError(f"{model} has its weights in it: leave out {weights_file}")
+        opt, state, notes = model_files.read_model(model)
+        quality = model_files.jpeg_quality_of(model)
+        if opt["model_type"] == model_files.PRIOR_MODEL:
+            raise UserError(f"{model} is a prior, which restores nothing by itself: --model bird --prior {model}")
+        weights_file, key = model, None
+    else:
+        if not model.endswith((".yml", ".yaml")):
+            raise UserError(
+                f"{model} is neither an option file (.yml) nor a model file (.safetensors), and none of the package's:"
+                f" {did_you_mean(model, ['bird', *zoo.names('model')])}"
+            )
+        opt = load_options(model, is_train=False)
+        quality = model_files.jpeg_quality(opt)
+        opt["root_path"] = os.getcwd()
+        if weights_file is None:
+            model_files.find_weights(opt, [])
+            weights_file = os.path.expanduser(opt["path"]["pretrain_network_g"])
+            key = opt["path"].get("param_key_g", "params")
+        else:
+            key = "params_ema"
+        state, key = checkpoints.choose_state(checkpoints.read_checkpoint(weights_file), weights_file, key)
+    check_network(opt["network_g"], "network_g")
+    net = build_arch(opt["network_g"], "network_g")
+    checkpoints.load_state_dict(net, state, weights_file)
+    net = net.eval().requires_grad_(False).to(chosen)
+    if chosen.type == "cpu":
+        net = net.to(memory_format=torch.channels_last)  # what the layers would convert in each pass
+    if opt.get("compile"):
+        net.compile_networks()
+    diffusion = isinstance(net, UCDIR)
+    training = ScheduleOptions(**opt.get("diffusion", {})).schedule()
+    about = {
+        "model": opt["name"],
+        "network": type(net).__name__,
+        "weights": os.path.basename(weights_file),
+        "weights_key": key,
+        "weights_sha256": files.sha256_of(weights_file),
+        "options_sha256": _digest([opt["network_g"], opt.get("diffusion"), opt["scale"]]),
+        # The overlap from which on patches equal the whole image; None: the network looks at all of it.
+        "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
+    }
+    options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
+    return Restorer(
+        net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes, quality
+    )
+
+
+def _digest(options: Any) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _blind(
+    model: str, weights_file: Optional[str], dtype: Optional[str], sampling: Mapping[str, Any], bird: Mapping[str, Any]
+) -> Optional[dict]:
+    """The options of BIR-D, if it is what ``model`` names."""
+    of_bird = model == "bird"
+    if model.endswith((".yml", ".yaml")):
+        of_bird = read_options(model).get("model_type") == "BIRDModel"
+    if not of_bird:
+        if bird:
+            raise UserError(f"{next(iter(bird))} is for BIR-D, which {model} is not: take --model bird")
+        return None
+    if weights_file is not None or dtype is not None:
+        what = "weights" if weights_file is not None else "dtype"
+        raise UserError(
+            f"{what} has no meaning for BIR-D: --prior names the network, bird:network says how it computes"
+        )
+    from ucdir_plugin.restoration import bird
+
+    raw = {"name": model, "model_type": "BIRDModel"} if model == "bird" else read_options(model)
+    base = raw.get("bird") or {}
+    if not isinstance(base, Mapping) or not isinstance(base.get("settings") or {}, Mapping):
+        what = "bird:settings" if isinstance(base, Mapping) else "bird"
+        raise UserError(f"{os.path.basename(model)}: option {what}: a mapping is expected")
+    if bird.get("task", base.get("task")) != base.get("task"):
+        raw.pop("scale", None)
+    raw["bird"] = bird_options.merged({**base, **bird}, sampling)
+    return check_options(raw, is_train=False, where=os.path.basename(model))
+
+
+def _sampling(
+    opt: dict, given: Dict[str, Any], dtype: Optional[str], diffusion: bool, training: NoiseSchedule, name: str
+) -> SamplingOptions:
+    if dtype is not None:
+        if dtype not in ("fp32", "bf16", "fp16"):
+            raise UserError(f"dtype {dtype!r} is not known: take fp32, bf16 or fp16")
+        given["amp"] = None if dtype == "fp32" else dtype
+    if not diffusion:
+        for key in given:
+            if key not in _ONE_PASS and key in SamplingOptions.model_fields:
+                raise UserError(f"{key} has no meaning for {name}, which restores in one pass")
+    base = dict(opt["val"].get("sampling", {}))
+    if base.get("tile") is None:
+        base["tile"] = TILE
+    if given.get("tile", 1) == 0:
+        given["tile"] = None
+    if "sampler" in given and given["sampler"] != base.get("sampler"):
+        base.pop("eta", None)  # the option file's is for its own sampler
+    return sampling_options({**base, **given}, training)
