@@ -255,7 +255,7 @@ def test_each_instruction_set(capability):
     script = """
 import torch
 from test_akgm import SHAPES, literal, operands, relative_error
-from ucdir_plugin.archs import akgm_compiled
+from ucdir_plugin.archs.akgm import compiled as akgm_compiled
 assert akgm_compiled.available()
 for shape in SHAPES:
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -279,7 +279,7 @@ def test_two_processes_build_at_once(tmp_path):
     """As the ranks of a training do: both get the library, one file stays, and it is not built again."""
     if not akgm_compiled.available():
         pytest.skip("the compiled AKGM cannot be built here: no compiler, or neither AVX2 nor AVX-512")
-    script = "from ucdir_plugin.archs import akgm_compiled; print(akgm_compiled.available())"
+    script = "from ucdir_plugin.archs.akgm import compiled as akgm_compiled; print(akgm_compiled.available())"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]

@@ -198,8 +198,6 @@ def _blind(
         raise UserError(
             f"{what} has no meaning for BIR-D: --prior names the network, bird:network says how it computes"
         )
-    from ucdir_plugin.restoration import bird
-
     raw = {"name": model, "model_type": "BIRDModel"} if model == "bird" else read_options(model)
     base = raw.get("bird") or {}
     if not isinstance(base, Mapping) or not isinstance(base.get("settings") or {}, Mapping):
