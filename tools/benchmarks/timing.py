@@ -43,7 +43,7 @@ def peak_memory(case: Callable[..., Callable[[], Any]], *arguments: Any) -> floa
     if not sys.platform.startswith("linux"):
         raise UserError("peak memory is read from /proc: run this benchmark on Linux")
     where, name = case.__module__, case.__name__
-    code = f"import {where}; from ucdir_plugin import benchmark; benchmark._print_peak({where}.{name}(*{arguments!r}))"
+    code = f"import {where}, {__name__} as timing; timing._print_peak({where}.{name}(*{arguments!r}))"
     # Freed memory goes back at once, else what an earlier call left behind would hide a part of the peak.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
