@@ -15,12 +15,13 @@ import psutil
 import pytest
 import torch
 from conftest import PHOTOS, RESTORING, TINY, merged
+from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.models import UCDIRModel
 from ucdir_plugin.restoration import folder
 from ucdir_plugin.restoration.load import load_model
-from ucdir_plugin.training import loop, setup
+from ucdir_plugin.training import loop
 from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.files import write_atomically
 
@@ -132,7 +133,7 @@ def test_training(long, workplace, monkeypatch, record_property):
     (workplace.folder / "photos/chelsea.png").rename(workplace.folder / "one/chelsea.png")
     monkeypatch.chdir(workplace.folder)
     samples = watch(monkeypatch, UCDIRModel, "optimize_parameters", 100 if long else 10)
-    args = setup.parse_args("", ["-opt", workplace.write(options)])
+    args = parse_run_arguments("", ["-opt", workplace.write(options)])
     assert loop.train(args) == 0
     assert samples[-1].step == count
     judge(samples, "step", long, record_property)

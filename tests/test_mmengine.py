@@ -20,6 +20,7 @@ from test_prior_model import TINY_PRIOR
 from test_sharding import free_port, slurm, wait_until
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin import registry
 from ucdir_plugin.mm import runner as mm_engine
@@ -315,7 +316,7 @@ def test_one_process_takes_one_gpu_and_the_whole_batch(workplace, monkeypatch):
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     total = {"datasets": {"train": {"batch_size_per_gpu": None, "batch_size_total": 4}}}
-    args = setup.parse_args("", ["-opt", workplace.write(merged(MM, total))])
+    args = parse_run_arguments("", ["-opt", workplace.write(merged(MM, total))])
     opt = setup.setup(args, is_train=True)
     assert opt["num_gpu"] == 1 and opt["datasets"]["train"]["batch_size_per_gpu"] == 4
     args.force_yml = ["num_gpu=2"]

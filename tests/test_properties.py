@@ -20,6 +20,7 @@ from basicsr.utils.registry import METRIC_REGISTRY
 from conftest import EDSR, ROOT, TINY, Workplace, merged
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.data import degradations as chains
@@ -550,7 +551,7 @@ def test_options_that_load_train_or_say_why(opt, here):
     """From the file to the first training step, as tools/train.py goes."""
     here.write_text(yaml.safe_dump(opt), encoding="utf-8")
     try:
-        opt = setup.setup(setup.parse_args("", ["-opt", str(here)]), True)
+        opt = setup.setup(parse_run_arguments("", ["-opt", str(here)]), True)
         (train_set,) = setup.build_sets(opt, ("train",))
         setup.build_sets(opt, ("val",))
         data = {**opt["datasets"]["train"], "num_worker_per_gpu": 0}

@@ -11,11 +11,11 @@ import argparse
 import os
 import sys
 
-from ucdir_plugin.utils.cli import run_cli
+from ucdir_cli.command_line import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="metrics_*.json, or a folder that has one")
     add("--stage", default="restored", help="what is compared: restored (default), initial, input")
@@ -25,22 +25,5 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = parse_args()
-    from ucdir_plugin.evaluation import compare
-    from ucdir_plugin.utils.errors import at_least_one
-
-    at_least_one(**{"--count": args.count})
-    runs = compare.read_runs(args.runs)
-    text, pictured = compare.write_comparison(runs, args.output, args.stage, args.images, args.count)
-    print(text)
-    stem = os.path.join(args.output, "comparison")
-    print(
-        f"table: {stem}.md .json; "
-        + (f"pictures: {stem}.png" if pictured else "no pictures: none of the files is there")
-    )
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run("ucdir_plugin.cli.compare:run", parse_args()))

@@ -14,25 +14,22 @@ Under torchrun or slurm's srun each process restores its share of the folder; wh
 import argparse
 import sys
 
-from ucdir_plugin.restoration import load
-from ucdir_plugin.utils.cli import run_cli
-from ucdir_plugin.utils.errors import UserError, printable
-
-BIRD = ("task", "prior", "preset", "noise", "mask")
-"""Options that are keys of ``bird:``."""
+from ucdir_cli.command_line import Parser, option_file, run, source
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("-opt", metavar="FILE.yml", help="option file; what it trained last is used, or --weights")
+    which.add_argument(
+        "-opt", metavar="FILE.yml", type=option_file, help="option file; what it trained last is used, or --weights"
+    )
     which.add_argument(
         "--model",
         metavar="NAME",
         help="jpeg_small or another of the package, a model file (.safetensors) of tools/convert_weights.py, or bird",
     )
-    add("-i", "--input", help="image, or folder with images in it and below")
+    add("-i", "--input", type=source, help="image, or folder with images in it and below")
     add("-o", "--output", required=True, help="folder for the results; for one image also a .png or .jpg file")
     add("--weights", metavar="FILE", help="weights for -opt (.pth, .safetensors)")
     add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
@@ -83,50 +80,15 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="restore also what has been restored before")
     add("--max-pixels", type=float, help="refuse larger images, by their header (default: 250e6)")
     add("--scratch", metavar="DIR", help="keep image-sized data in files there: for images too large for the memory")
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse_args()
+    args = parser.parse_args()
     if args.weights and not args.opt:
-        raise UserError("--weights goes with -opt; a model file has its weights in it")
-    source, bird = args.input, {k: v for k in BIRD if (v := getattr(args, k)) is not None}
-    if args.observations:
-        first, *others = [source, *args.observations] if source else args.observations
-        source, bird["observations"] = first, others or None
-    if not source:
-        raise UserError("-i is missing: an image, or a folder with images in it")
-    from ucdir_plugin.options.reading import read_assignments
-    from ucdir_plugin.restoration.folder import restore_files
-    from ucdir_plugin.utils import image_reading, memory, ranks
-
+        parser.error("--weights goes with -opt; a model file has its weights in it")
+    if not args.input and not args.observations:
+        parser.error("-i is missing: an image, or a folder with images in it")
     if args.max_pixels is not None and not 1 <= args.max_pixels < 2**63:
-        raise UserError(f"--max-pixels: a number of pixels is expected, got {args.max_pixels}")
-    memory.keep_freed_memory()
-    share = ranks.own_share()
-    sampling = read_assignments(args.set, "--set")
-    for key in ("sampler", "steps", "spacing", "tile", "overlap"):
-        if getattr(args, key) is not None:
-            sampling[key] = getattr(args, key)
-    model = load.load_model(
-        args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
-    )
-    for name, text in model.notes.items() if share.rank == 0 else ():
-        print(printable(f"{model.about['model']}: {name}: {text}"))
-    return restore_files(
-        model,
-        source,
-        args.output,
-        seed=args.seed,
-        samples=args.samples,
-        blend=args.blend,
-        condition=read_assignments(args.condition, "--condition"),
-        overwrite=args.overwrite,
-        max_pixels=int(args.max_pixels or image_reading.MAX_PIXELS),
-        scratch=args.scratch,
-        share=share,
-    )
+        parser.error(f"--max-pixels: a number of pixels is expected, got {args.max_pixels}")
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run("ucdir_plugin.cli.restore:run", parse_args()))

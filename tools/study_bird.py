@@ -11,12 +11,11 @@ Inputs, results and pictures are below the output folder; study.md there has the
 import argparse
 import sys
 
-from ucdir_plugin.utils.cli import run_cli
-from ucdir_plugin.utils.errors import at_least_one
+from ucdir_cli.command_line import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--source", required=True, metavar="DIR", help="photographs; centre crops of 128x128 are taken")
     add("--only", metavar="FILE", help="text file: names of those to take, without extension")
@@ -34,35 +33,5 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = parse_args()
-    counts = {name: getattr(args, name) for name in ("images", "steps", "seeds", "batch")}
-    at_least_one(**counts, threads=args.threads or 1)
-    import torch
-    from ucdir_cli.studies.bird import cases, parts
-
-    from ucdir_plugin.utils.memory import keep_freed_memory
-
-    keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    path = parts.study(
-        args.source,
-        args.output,
-        parts=args.parts,
-        priors=args.priors,
-        cases=args.cases or tuple(cases.CASES),
-        systems=args.systems,
-        only=args.only,
-        without=args.without,
-        count=args.images,
-        steps=args.steps,
-        seeds=args.seeds,
-        batch=args.batch,
-    )
-    print(f"tables: {path}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run("ucdir_cli.studies.bird.command:run", parse_args()))

@@ -10,14 +10,11 @@ Restored images lie in study/SET/RUN/, tables in study/study.md; runs of several
 import argparse
 import sys
 
-from ucdir_cli.studies.ucdir.plan import read_plan
-
-from ucdir_plugin.utils.cli import run_cli
-from ucdir_plugin.utils.errors import at_least_one
+from ucdir_cli.command_line import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("plan", metavar="PLAN.yaml", help="which runs there are, such as options/study/jpeg.yaml")
     add("-o", "--output", required=True, metavar="DIR", help="everything goes there")
@@ -28,22 +25,5 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = parse_args()
-    at_least_one(**{"--threads": 1 if args.threads is None else args.threads})
-    import torch
-    from ucdir_cli.studies.ucdir import study
-
-    from ucdir_plugin.utils.memory import keep_freed_memory
-
-    keep_freed_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    plan = read_plan(args.plan)
-    path = study.study(plan, args.output, parts=args.parts, sets=args.sets, device=args.device)
-    print(f"tables: {path}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run("ucdir_cli.studies.ucdir.command:run", parse_args()))

@@ -2,15 +2,7 @@
 
 import sys
 
-from ucdir_plugin.training import setup
-from ucdir_plugin.utils.cli import run_cli
-
-
-def main() -> int:
-    from ucdir_plugin.training import loop
-
-    return loop.train(setup.parse_args(__doc__))
-
+from ucdir_cli.command_line import parse_run_arguments, run
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(run("ucdir_plugin.training.loop:train", parse_run_arguments(__doc__)))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from ucdir_cli.benchmarks.timing import alternate, peak_memory, result
 
-from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, ucdir_arch
+from ucdir_plugin.archs import SIDUNet, UCDIRDenoiser, ucdir_arch, ucdir_blocks
 from ucdir_plugin.archs.akgm import compiled as akgm_compiled
 from ucdir_plugin.archs.akgm import convolution
 from ucdir_plugin.archs.akgm import tiled as akgm_tiled
@@ -55,10 +55,10 @@ def _as(variant: str) -> Iterator[None]:
         if variant in CHOSEN:
             stack.enter_context(mock.patch.object(convolution, "choose", lambda x, bases: CHOSEN[variant]))
         else:
-            stack.enter_context(mock.patch.object(ucdir_arch, "adaptive_kernel_conv", REPLACED[variant]))
+            stack.enter_context(mock.patch.object(ucdir_blocks, "adaptive_kernel_conv", REPLACED[variant]))
         if variant == "released formulation":
             stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
-            stack.enter_context(mock.patch.object(ucdir_arch, "_activate", lambda x, _: F.silu(x)))
+            stack.enter_context(mock.patch.object(ucdir_blocks, "_activate", lambda x, _: F.silu(x)))
         yield
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from ucdir_cli.benchmarks import timing
 
-from ucdir_plugin.archs import UCDIR, ucdir_arch
+from ucdir_plugin.archs import UCDIR, ucdir_blocks
 from ucdir_plugin.archs.akgm import convolution
 from ucdir_plugin.archs.padding import pad_for
 from ucdir_plugin.options.check import load_options
@@ -32,7 +32,7 @@ def _counted_mixing() -> Iterator[list[int]]:
         found.append(mix.numel() * x.shape[1])
         return convolution.adaptive_kernel_conv_loop(x, weight, bias, mix)
 
-    with mock.patch.object(ucdir_arch, "adaptive_kernel_conv", counting):
+    with mock.patch.object(ucdir_blocks, "adaptive_kernel_conv", counting):
         yield found
 
 

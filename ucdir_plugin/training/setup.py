@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Iterator, List, Mapping, Optional
+from typing import Any, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,22 +26,6 @@ from ucdir_plugin.training.stops import is_of_lost_rank, is_of_lost_worker
 from ucdir_plugin.utils import memory
 from ucdir_plugin.utils.errors import UserError, free_space
 from ucdir_plugin.utils.versions import __version__
-
-
-def parse_args(description: str, argv: Optional[List[str]] = None) -> argparse.Namespace:
-    """BasicSR's command line."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("-opt", required=True, help="option file (YAML)")
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none", help="job launcher")
-    parser.add_argument("--auto_resume", action="store_true", help="go on from the newest readable checkpoint")
-    parser.add_argument("--debug", action="store_true", help="log, save and validate every few iterations")
-    parser.add_argument(
-        "--force_yml", nargs="+", action="extend", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML"
-    )
-    parser.add_argument("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
-    parser.add_argument("--trust-config", action="store_true", help="allow MMEngine's .py files and custom_imports")
-    parser.add_argument("--download", action="store_true", help="get metrics' weights that are not there")
-    return parser.parse_args(argv)
 
 
 def setup(args: argparse.Namespace, is_train: bool) -> dict:

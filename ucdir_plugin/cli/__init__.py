@@ -1,0 +1,1 @@
+"""Running what was parsed, a module for each command; tools/ has the parsers."""
