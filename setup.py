@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "ucdir_plugin" / "utils" / "versions.py").read_text()).group(1)
@@ -18,8 +19,20 @@ METRICS = [
 # For DDNM, DPS and DiffPIR. What is overridden of its DiffPIR is not promised for later versions.
 DEEPINV = "deepinv>=0.5,<0.6; python_version >= '3.10'"
 
+LABORATORY = {"benchmark", "quickstart", "study_bird", "study_ucdir"}
+
+
+class BuildPy(build_py):
+    """Leaves out of the wheel the commands that need the repository; benchmarks/ and studies/ are no packages of it."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if package != "ucdir_cli" or module[1] not in LABORATORY]
+
+
 setup(
     name="ucdir-plugin",
+    cmdclass={"build_py": BuildPy},
     version=VERSION,
     description="UCDIR and BIR-D, diffusion-based image restoration, as a plugin for BasicSR and MMEngine",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
