@@ -62,7 +62,7 @@ def test_medians_of_alternating_calls(monkeypatch):
         order.append(name)
         clock[0] += next(cost[name])
 
-    monkeypatch.setattr(akgm.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     assert timing.alternate({n: lambda n=n: call(n) for n in "ab"}, 3) == {"a": 2, "b": 5}
     assert "".join(order) == "abababab"
 
@@ -203,7 +203,7 @@ def test_memory_of_training_is_what_stays_and_what_a_step_adds(workplace, monkey
     call()
     call()  # samples and iterations go on
     asked = []
-    monkeypatch.setattr(akgm, "peak_memory", lambda *args: asked.append(args[2:]) or 10.0)
+    monkeypatch.setattr(timing, "peak_memory", lambda *args: asked.append(args[2:]) or 10.0)
     (result,) = benchmark_networks.training_table([path], [2, 4], 16)
     count = benchmark_networks.parameters(benchmark_networks.network(path))
     assert asked == [(2, 16), (4, 16)]

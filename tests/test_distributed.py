@@ -12,7 +12,7 @@ from test_tools import TORCHRUN
 SCRIPT = """
 import os, sys, json, torch
 torch.set_num_threads(1)
-from ucdir_plugin.utils.errors import run_cli
+from ucdir_plugin.utils.cli import run_cli
 from basicsr.models import build_model
 from basicsr.utils.dist_util import get_dist_info
 from ucdir_plugin import compat
@@ -71,7 +71,8 @@ def test_bad_input_on_several_processes(workplace):
 
 LEAVING = """
 import atexit, os, sys, torch.distributed
-from ucdir_plugin.utils.errors import UserError, run_cli
+from ucdir_plugin.utils.cli import run_cli
+from ucdir_plugin.utils.errors import UserError
 
 class Late:
     def __del__(self):

@@ -180,7 +180,7 @@ def test_bad_input(workplace, source):
 def test_systems_are_the_papers(monkeypatch):
     """Each is loaded with the prior that it needs, and only what may know the blur is told it."""
     loaded = []
-    monkeypatch.setattr(cells.restorer, "load_model", lambda *args, **kwargs: loaded.append(kwargs))
+    monkeypatch.setattr(cells.load, "load_model", lambda *args, **kwargs: loaded.append(kwargs))
     for system in cells.SYSTEMS:
         cells._load(cells.Cell("motion", system, "natural64"), 100)
     told = [system for system, kwargs in zip(cells.SYSTEMS, loaded) if "blur" in kwargs["bird"]]

@@ -9,13 +9,18 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
+
+from ucdir_plugin import compat  # noqa: F401  (BasicSR can be imported only after it)
+
+# isort: split
 from basicsr.data import build_dataset
 from basicsr.utils import tensor2img
 from tqdm import tqdm
 from ucdir_cli.benchmarks.timing import alternate, peak_memory, result
 
 from ucdir_plugin.diffusion.tiling import borders_in_image
-from ucdir_plugin.evaluation import measure, tables
+from ucdir_plugin.evaluation import tables
+from ucdir_plugin.evaluation.measure import measure
 from ucdir_plugin.metrics.seams import seam_score
 from ucdir_plugin.options.check import load_options
 from ucdir_plugin.restoration.load import load_model

@@ -13,6 +13,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+
+from ucdir_plugin import compat  # noqa: F401  (BasicSR can be imported only after it)
+
+# isort: split
 from basicsr.data import build_dataset
 from ucdir_cli.studies.ucdir.plan import INPUT, Run
 
