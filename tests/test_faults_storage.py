@@ -29,8 +29,7 @@ import ucdir_plugin
 from ucdir_plugin.data import jpeg_dataset, preparation
 from ucdir_plugin.data.paired_dataset import PairedRestorationDataset
 from ucdir_plugin.restoration import folder as restore_folder
-from ucdir_plugin.training import setup, stops
-from ucdir_plugin.utils import image_writing
+from ucdir_plugin.training import setup, stops, validation
 from ucdir_plugin.utils.checkpoints import read_checkpoint
 from ucdir_plugin.utils.errors import UserError, WriteError
 from ucdir_plugin.utils.files import write_atomically
@@ -76,7 +75,7 @@ def fill(folder: str) -> None:
 
 def full_at_a_picture(folder: str) -> None:
     """The disk becomes full when the second picture is written."""
-    write, calls = image_writing.write_image, [0]
+    write, calls = validation.write_image, [0]
 
     def replaced(*args):
         calls[0] += 1
@@ -84,7 +83,7 @@ def full_at_a_picture(folder: str) -> None:
             fill(folder)
         return write(*args)
 
-    image_writing.write_image = replaced
+    validation.write_image = replaced
 
 
 def test_a_log_that_cannot_be_written_is_said_once(capsys):
