@@ -76,8 +76,12 @@ def as_our_scale(value):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_released_step(small, name):
-    """Every array of the file: given, or found."""
+def test_released_step(small, name, monkeypatch):
+    """Every array of the file: given, or found.
+
+    The step is given the release's own output of the network, which is compared apart: at t = 999 a step multiplies the
+    rounding of a network by 157.
+    """
     a = reference(name)
     low_light = "lowlight" in name
     settings = preset("released", "lowlight" if low_light else "deblur")
@@ -110,6 +114,8 @@ def test_released_step(small, name):
     )
     x_t = a["x_t"]
     level = x_t.new_full((1,), float(solver.schedule.alpha_bar[t] ** 0.5))
+    model_output = prior(x_t, level)
+    monkeypatch.setattr(small[1], "forward", lambda x, t: a["model_output"].expand(len(x), -1, -1, -1))
     done = solver.step(0, x_t, t)
     losses, grads = degradation.gradients(
         (a["x0_hat"] + 1) / 2, observation.targets, ("x", "kernel", "mask") if low_light else ("x", "kernel")
@@ -120,7 +126,7 @@ def test_released_step(small, name):
         return found.expand(passes, *found.shape[1:])
 
     found = {
-        "model_output": prior(x_t, level),
+        "model_output": model_output,
         "x0_hat": done.x0,
         "mean_unguided": done.mean_unguided,
         "log_variance": solver.log_variance(x_t, solver.predict(x_t, t)[1], t),
