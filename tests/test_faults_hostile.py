@@ -355,7 +355,10 @@ TEXTS = {
     "laughs": laughs(),
     "laughing mappings": "a0: &a0 {x: 1}\n"
     + "\n".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}" for n in range(1, 40)),
-    "merge keys": "a: &a {x: 1}\nb: {<<: [*a, *a]}",
+    "merge keys": "a0: &a0 {"
+    + ", ".join(f"k{n}: 1" for n in range(50))
+    + "}\n"
+    + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 3000)}]}}\n" for n in (1, 2, 3)),
     "itself": "a: &a [*a]",
     "itself as a mapping": "a: &a {b: *a}",
     "twice": "name: a\nname: b",

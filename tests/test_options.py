@@ -1,5 +1,7 @@
 """Option files: safe, overridable, checked with one line per fault."""
 
+import os
+
 import pytest
 from conftest import TINY, merged
 
@@ -237,3 +239,68 @@ def test_foreign_models_keep_their_own_options():
 def test_impossible_sampling(sampling, message):
     with pytest.raises(UserError, match=f"val:sampling:.*{message}|{message}"):
         check_options(merged(TINY, {"val": {"sampling": sampling}}), True)
+
+
+MERGING = """
+first: &first {a: 1, b: {c: 2, d: 3}}
+second: &second {a: 4, e: 5}
+one: {<<: *first, a: 6}
+two: {<<: [*second, *first], f: 7}
+"""
+
+
+def test_merge_keys_are_yaml():
+    """The mapping's own keys win, then the first that is named; what is merged can be changed in one place."""
+    options = read_yaml(MERGING, "here")
+    assert options["one"] == {"a": 6, "b": {"c": 2, "d": 3}}
+    assert options["two"] == {"a": 4, "e": 5, "b": {"c": 2, "d": 3}, "f": 7}
+    apply_overrides(options, ["one:b:c=8"])
+    assert options["one"]["b"]["c"] == 8 and options["first"]["b"]["c"] == options["two"]["b"]["c"] == 2
+
+
+MULTIPLYING = "a0: &a0 {" + ", ".join(f"k{i}: 1" for i in range(50)) + "}\n"
+MULTIPLYING += "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 3000)}]}}\n" for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9" * 5000, "0x" + "f" * 300_000, "0b" + "1" * 9000, "0" + "7" * 9000, ":".join(["59"] * 5000), "9" * 5000 + ".5"],
+)
+def test_endless_numbers_are_one_line(text):
+    for yaml_text in (f"a:\n  b: {text}", f"a:\n  {text[:1000]}: 1"):  # keys of YAML are not longer
+        with pytest.raises(UserError, match=r"^here: line 2: a number of \d+ characters is no option$"):
+            read_yaml(yaml_text, "here")
+    with pytest.raises(UserError, match="--force_yml .* a number of"):
+        apply_overrides({}, [f"a={text}"])
+
+
+@pytest.mark.parametrize("text", [MULTIPLYING, "a: {<<: 3}", "a: {<<: [{x: 1}, 3]}", "a: &a {<<: *a, x: 1}"])
+def test_merge_keys_that_mean_nothing_are_one_line(text):
+    with pytest.raises(UserError, match=r"^here.*line [12]"):
+        read_yaml(text, "here")
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+def test_a_pipe_is_no_option_file(tmp_path, as_base):
+    pipe = tmp_path / "pipe.yml"
+    os.mkfifo(pipe)
+    (tmp_path / "file.yml").write_text("_base_: pipe.yml")
+    with pytest.raises(UserError, match=r"option file .*pipe\.yml cannot be read: it is no file, but a pipe"):
+        load_options(str(tmp_path / "file.yml" if as_base else pipe))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"total_iter": None, "total_iterr": 4}}, "unknown option train:total_iterr; did you mean 'total_iter', which is required?"),
+        ({"datasets": {"train": {"nane": "x", "name": None}}}, "unknown option datasets:train:nane; did you mean 'name', which is required?"),
+        ({"model_type": None, "modeltype": "UCDIRModel"}, "unknown option modeltype; did you mean 'model_type', which is required?"),
+        ({"train": {"optim_g": {"type": None, "tpye": "AdamW"}}}, "unknown option train:optim_g:tpye; did you mean 'type', which is required?"),
+        ({"network_g": {"type": None, "typ": "UCDIR"}}, "unknown option network_g:typ; did you mean 'type', which is required?"),
+        ({"train": {"total_iter": None}}, "option train:total_iter is missing"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_required_key_is_named(changes, message):
+    with pytest.raises(UserError) as error:
+        check_options(merged(TINY, changes), True, "file.yml")
+    assert str(error.value) == f"file.yml: {message}"

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ucdir_plugin import registry
 from ucdir_plugin.diffusion.conditions import declare
 from ucdir_plugin.metrics import protocol
-from ucdir_plugin.options.schema import _to_json
+from ucdir_plugin.options.schema import missing, to_json
 from ucdir_plugin.utils.errors import NotAvailable, UserError, did_you_mean
 
 
@@ -41,7 +41,7 @@ def check_call(target: Any, kwargs: Mapping[str, Any], where: str, given: int = 
     for key, value in kwargs.items():
         if key in hints:
             try:
-                TypeAdapter(hints[key]).validate_json(_to_json(value, f"option {where}:{key}"), strict=True)
+                TypeAdapter(hints[key]).validate_json(to_json(value, f"option {where}:{key}"), strict=True)
             except ValidationError as err:
                 message = err.errors()[0]["msg"]
                 hint = _near(value, hints[key])
@@ -63,6 +63,9 @@ def _is_own(target: Any) -> bool:
 
 def check_registered(kind: str, cfg: Any, where: str, given: int = 0) -> None:
     """Check ``{type: NAME, ...}`` against the registry and the signature; nested networks too."""
+    misspelt = missing(f"{where}:type", cfg) if isinstance(cfg, Mapping) and "type" not in cfg else ""
+    if misspelt.startswith("unknown"):
+        raise UserError(misspelt)
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("type"), str):
         raise UserError(f"option {where}: a mapping with 'type: NAME' is expected, got {cfg!r}")
     target = registry.lookup(kind, cfg["type"], f"option {where}:type")

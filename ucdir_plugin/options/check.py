@@ -29,8 +29,9 @@ from ucdir_plugin.options.schema import (
     SamplingOptions,
     ScheduleOptions,
     _check_sampling,
-    _explain,
-    _to_json,
+    explain,
+    missing,
+    to_json,
 )
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
@@ -212,8 +213,8 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
     raw = {key: value for key, value in raw.items() if value is not None}  # a section left empty
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
-        fault = " is missing" if model_type is None else f": a model's name is expected, got {model_type!r}"
-        raise UserError(f"{where}: option model_type{fault}")
+        wrong = f"option model_type: a model's name is expected, got {model_type!r}"
+        raise UserError(f"{where}: {missing('model_type', raw) if model_type is None else wrong}")
     for key in ("network_g", "diffusion", "train", "compile"):
         if model_type == "BIRDModel" and raw.get(key):
             raise UserError(
@@ -231,7 +232,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
             raw["diffusion"] = {**PriorScheduleOptions().model_dump(), **diffusion}
     datasets = raw.get("datasets") if isinstance(raw.get("datasets"), dict) else {}
     try:
-        checked = Options.model_validate_json(_to_json(raw, where)).model_dump()
+        checked = Options.model_validate_json(to_json(raw, where)).model_dump()
     except ValidationError as err:
 
         def foreign(error: dict) -> bool:
@@ -246,9 +247,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
 
         faults = [e for e in err.errors() if not foreign(e)]
         if faults:
-            raise UserError(f"{where}: {_explain(faults[0])}") from err
+            raise UserError(f"{where}: {explain(faults[0])}") from err
         known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
-        checked = Options.model_validate_json(_to_json(known, where)).model_dump()
+        checked = Options.model_validate_json(to_json(known, where)).model_dump()
     opt = _merge(raw, checked)
     if opt["diffusion"]["type"] == "cosine":
         del opt["diffusion"]["start"], opt["diffusion"]["end"]
@@ -264,9 +265,9 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         if blind:
             _check_bird(opt, raw)
         else:
-            for key, missing in (("network_g", True), ("bird", False)):
-                if (opt[key] is None) == missing:
-                    fault = "is missing" if missing else f"is for BIRDModel, not for {opt['model_type']}"
+            for key, absent in (("network_g", True), ("bird", False)):
+                if (opt[key] is None) == absent:
+                    fault = "is absent" if absent else f"is for BIRDModel, not for {opt['model_type']}"
                     raise UserError(f"option {key} {fault}")
             del opt["bird"]
         _check_engine(opt)
@@ -371,7 +372,10 @@ def load_options(path: str, overrides: Optional[List[str]] = None, is_train: boo
     Raises:
         UserError: if it is missing, no plain YAML, or has a fault.
     """
-    raw = read_options(path)
+    raw, name = read_options(path), os.path.basename(path)
     apply_overrides(raw, overrides)
-    import_custom(raw, trust)
-    return check_options(raw, is_train, os.path.basename(path))
+    try:
+        import_custom(raw, trust)
+    except UserError as err:
+        raise UserError(f"{name}: {err}") from err
+    return check_options(raw, is_train, name)

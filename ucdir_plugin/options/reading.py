@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Any, Dict, Hashable, List, Mapping, Optional, Tuple
+import stat
+from typing import Any, Dict, Hashable, Iterator, List, Mapping, Optional, Tuple
 
 import yaml
 
@@ -15,13 +16,37 @@ _TEXT, _VALUES, _DEPTH = 2**20, 100_000, 50
 """The most that options may be: characters, values, levels."""
 
 
+_NUMBER = 64
+"""The most characters of a number: long ones take minutes to read, or cannot be printed."""
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.2) and refuses a key given twice, and endless brackets."""
+    """SafeLoader that also reads 1e-4 as a number (YAML 1.2).
+
+    It refuses a key that is given twice, endless brackets and numbers, and merge keys (``<<``) that repeat each other
+    too often.
+    """
+
+    merged = 0
 
     def fetch_flow_collection_start(self, TokenClass: type) -> None:
         if self.flow_level > _DEPTH:  # the time grows with the square
             raise UserError(f"line {self.line + 1}: nested too deeply")
         super().fetch_flow_collection_start(TokenClass)
+
+    def merged_mappings(self, node: yaml.Node) -> Iterator[dict]:
+        """What a merge key names: a mapping, or several, the first of which wins."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        for part in parts:
+            found = self.construct_object(part, deep=True)
+            if not isinstance(found, dict):
+                raise UserError(f"line {node.start_mark.line + 1}: <<: the name of a mapping is expected, or several")
+            self.merged += len(found)
+            if self.merged > _VALUES:
+                raise UserError(f"line {node.start_mark.line + 1}: <<: more than {_VALUES} values are no options")
+            yield found
 
 
 _Loader.add_implicit_resolver(
@@ -30,20 +55,33 @@ _Loader.add_implicit_resolver(
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
+    own: dict = {}
+    merged: dict = {}
+    for key_node, value_node in node.value:
+        if key_node.tag == _MERGE:
+            for part in loader.merged_mappings(value_node):
+                merged = {**part, **merged}
+            continue
         key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
         if not isinstance(key, Hashable):
-            line = key_node.start_mark.line + 1
             raise UserError(f"line {line}: a key must be plain text (put quotes around values with braces)")
-        if key in seen and key != "<<":
-            raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice; remove one")
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
+        if key in own:
+            raise UserError(f"line {line}: the key {key!r} is given twice; remove one")
+        own[key] = loader.construct_object(value_node, deep=True)
+    return {**merged, **own}
+
+
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    if len(node.value) > _NUMBER:
+        raise UserError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters is no option")
+    kind = node.tag.rpartition(":")[2]
+    return loader.construct_yaml_int(node) if kind == "int" else loader.construct_yaml_float(node)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_number)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -70,7 +108,14 @@ def read_yaml(text: str, where: str) -> Any:
     except (ValueError, LookupError, ArithmeticError, TypeError) as err:  # a date, number or letter that is none
         raise UserError(f"{where}: no valid YAML: {err}") from err
     check_plain(content, where)
-    return content
+    return _copied(content)
+
+
+def _copied(content: Any) -> Any:
+    """A copy in which nothing is shared: what anchors repeat can be overridden in one place alone."""
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    return [_copied(value) for value in content] if isinstance(content, list) else content
 
 
 def check_plain(content: Any, where: str) -> None:
@@ -144,6 +189,8 @@ def read_yaml_file(path: str) -> dict:
         UserError: if it is missing, no plain YAML, or no mapping.
     """
     try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"option file {path} cannot be read: it is no file, but a pipe or a device")
         with open(path, encoding="utf-8") as file:
             text = file.read(_TEXT + 1)
     except (OSError, ValueError) as err:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
 import typing
-from typing import Annotated, Any, Dict, List, Literal, Mapping, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, Iterable, List, Literal, Mapping, Optional, Tuple, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -147,13 +148,13 @@ def sampling_options(values: Mapping[str, Any], training: NoiseSchedule) -> Samp
         UserError: naming the first key that is unknown or wrong, with the cure.
     """
     try:
-        checked = SamplingOptions.model_validate_json(_to_json(values, "sampling"))
+        checked = SamplingOptions.model_validate_json(to_json(values, "sampling"))
     except ValidationError as err:
         error = err.errors()[0]
         if error["type"] == "extra_forbidden":
             key = error["loc"][-1]
             raise UserError(f"unknown option {key}; {did_you_mean(key, SamplingOptions.model_fields)}") from err
-        raise UserError(_explain(error)) from err
+        raise UserError(explain(error)) from err
     _check_sampling(checked, training, "")
     return checked
 
@@ -354,7 +355,24 @@ def _fields_at(loc: tuple) -> List[str]:
     return list(getattr(place, "model_fields", {}))
 
 
-def _explain(error: dict) -> str:
+def missing(name: str, given: Mapping[str, Any], known: Iterable[str] = ()) -> str:
+    """What to say of a required option that is not there: a key beside it may be its name, misspelt.
+
+    Args:
+        name: with the sections above it, such as ``train:total_iter``.
+        given: the section as it was given.
+        known: other options of the section, which are no misspelling.
+    """
+    section, _, key = name.rpartition(":")
+    others = [str(other) for other in given if other not in known]
+    near = difflib.get_close_matches(key, others, n=1)
+    if not near:
+        return f"option {name} is missing"
+    return f"unknown option {':'.join(filter(None, (section, near[0])))}; did you mean {key!r}, which is required?"
+
+
+def explain(error: dict) -> str:
+    """One line for a fault that pydantic found: the option's name, what is wrong, and the nearest known name."""
     # Branches of a Union show up as extra parts of the location: they are no option names. An unknown one is itself.
     branch = re.compile(r"[\[\]]|^(int|float|str)$")
     *above, last = error["loc"] or ("",)
@@ -364,12 +382,12 @@ def _explain(error: dict) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown option {name}; {did_you_mean(loc[-1], _fields_at(loc[:-1]))}"
     if error["type"] == "missing":
-        return f"option {name} is missing"
+        return missing(name, error["input"] if isinstance(error["input"], dict) else {}, _fields_at(loc[:-1]))
     message = error["msg"].removeprefix("Value error, ")
     return f"option {name}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-def _to_json(value: Any, where: str) -> str:
+def to_json(value: Any, where: str) -> str:
     """JSON, in which strict types still let a list stand for a tuple, as YAML needs."""
     try:
         return json.dumps(value)
