@@ -18,10 +18,10 @@ from conftest import PHOTOS, RESTORING, TINY, merged
 from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin.archs import UCDIR
+from ucdir_plugin.cli import run as run_command
 from ucdir_plugin.models import UCDIRModel
 from ucdir_plugin.restoration import folder
 from ucdir_plugin.restoration.load import load_model
-from ucdir_plugin.training import loop
 from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.files import write_atomically
 
@@ -134,7 +134,7 @@ def test_training(long, workplace, monkeypatch, record_property):
     monkeypatch.chdir(workplace.folder)
     samples = watch(monkeypatch, UCDIRModel, "optimize_parameters", 100 if long else 10)
     args = parse_run_arguments("", ["-opt", workplace.write(options)])
-    assert loop.train(args) == 0
+    assert run_command.train(args) == 0
     assert samples[-1].step == count
     judge(samples, "step", long, record_property)
 

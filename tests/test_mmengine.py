@@ -27,7 +27,7 @@ from ucdir_plugin.mm import runner as mm_engine
 from ucdir_plugin.mm.data import KeyedSampler
 from ucdir_plugin.mm.hooks import AverageHook
 from ucdir_plugin.mm.loops import KeyedTrainLoop
-from ucdir_plugin.mm.runner import told
+from ucdir_plugin.mm.runner import mmengine_errors
 from ucdir_plugin.options.check import check_options, load_options
 from ucdir_plugin.training import setup
 from ucdir_plugin.training.steps import parts_of
@@ -290,10 +290,10 @@ def test_what_mmengine_says_in_a_run_is_one_line(workplace):
 
 
 def test_only_mmengines_own_errors_are_told_in_one_line():
-    with pytest.raises(UserError, match="a.yml: KeyError: .*Nothing"), told("a.yml"):
+    with pytest.raises(UserError, match="a.yml: KeyError: .*Nothing"), mmengine_errors("a.yml"):
         MODELS.build({"type": "Nothing"})
     for bug in (lambda: {}["bug"], lambda: parts_of(4, "2")):
-        with pytest.raises((KeyError, TypeError)), told("a.yml"):
+        with pytest.raises((KeyError, TypeError)), mmengine_errors("a.yml"):
             bug()
 
 

@@ -16,6 +16,7 @@ from test_model import batch, make, step, weights_of
 from torch import nn
 from ucdir_cli.command_line import parse_run_arguments
 
+from ucdir_plugin.cli import run as run_command
 from ucdir_plugin.data.loader import KeyedDataset
 from ucdir_plugin.diffusion import samplers
 from ucdir_plugin.diffusion.bird.solver import Solver
@@ -23,7 +24,6 @@ from ucdir_plugin.diffusion.bird.tasks import TASKS, preset
 from ucdir_plugin.diffusion.noise import image_noise
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.training import loop
 from ucdir_plugin.training.steps import Stepper
 from ucdir_plugin.utils import training_states
 from ucdir_plugin.utils.checkpoints import not_finite
@@ -73,7 +73,7 @@ def test_an_image_with_nan_ends_training_and_keeps_the_checkpoint(workplace, eng
     monkeypatch.chdir(workplace.folder)
     opt = workplace.write(merged(TINY, {"engine": engine_name, "datasets": {"val": None}}))
     with pytest.raises(UserError, match=r"image .*\.png \(lq\) holds NaN"):
-        loop.train(parse_run_arguments("", ["-opt", opt]))
+        run_command.train(parse_run_arguments("", ["-opt", opt]))
     root = workplace.folder / "experiments" / "tiny"
     assert (root / ("models/net_g_2.pth" if engine_name == "basicsr" else "iter_2.pth")).is_file()
 
@@ -164,7 +164,7 @@ def test_a_run_ends_with_code_2_and_keeps_its_last_good_checkpoint(workplace, mo
     monkeypatch.chdir(workplace.folder)
     for name in ("basicsr", "mmengine"):
         args = parse_run_arguments("", ["-opt", workplace.write({**options, "name": name, "engine": name})])
-        assert run_cli(lambda args=args: loop.train(args)) == 2
+        assert run_cli(lambda args=args: run_command.train(args)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert re.match(
             r"error: training stopped at iteration 4: the weight \S+ is no longer finite; the last checkpoint", error
@@ -203,7 +203,7 @@ def test_basicsrs_own_model_saves_no_nan(workplace, monkeypatch):
     monkeypatch.setattr(SRModel, "optimize_parameters", lost)
     monkeypatch.chdir(workplace.folder)
     with pytest.raises(UserError, match="stopped at iteration 3, which is not saved: .* of net_g holds NaN"):
-        loop.train(parse_run_arguments("", ["-opt", workplace.write(options)]))
+        run_command.train(parse_run_arguments("", ["-opt", workplace.write(options)]))
     assert sorted(p.name for p in (workplace.folder / "experiments/sr/models").iterdir()) == [
         "net_g_1.pth",
         "net_g_2.pth",

@@ -5,4 +5,4 @@ import sys
 from ucdir_cli.command_line import parse_run_arguments, run
 
 if __name__ == "__main__":
-    sys.exit(run("ucdir_plugin.training.loop:train", parse_run_arguments(__doc__)))
+    sys.exit(run("ucdir_plugin.cli.run:train", parse_run_arguments(__doc__)))

@@ -34,12 +34,68 @@ import basicsr.models.lr_scheduler
 import basicsr.train
 import basicsr.utils.dist_util
 import basicsr.utils.options
+
+# What the rest of the package uses of BasicSR: nothing else imports it but registry.py and models/.
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
+from basicsr.data.transforms import augment, paired_random_crop
+from basicsr.losses import build_loss
+from basicsr.metrics import calculate_metric, calculate_niqe
+from basicsr.models import build_model, lr_scheduler
 from basicsr.models.base_model import BaseModel
+from basicsr.models.sr_model import SRModel
+from basicsr.train import init_tb_loggers
+from basicsr.utils import (
+    AvgTimer,
+    FileClient,
+    MessageLogger,
+    get_root_logger,
+    get_time_str,
+    img2tensor,
+    make_exp_dirs,
+    mkdir_and_rename,
+    tensor2img,
+)
+from basicsr.utils.dist_util import get_dist_info
+from basicsr.utils.lmdb_util import make_lmdb_from_imgs
+from basicsr.utils.options import dict2str
 from mmengine.fileio import LocalBackend
 
 from ucdir_plugin.utils import checkpoints, training_states
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 from ucdir_plugin.utils.files import write_atomically
+
+__all__ = [
+    "AvgTimer",
+    "BaseModel",
+    "CPUPrefetcher",
+    "CUDAPrefetcher",
+    "FileClient",
+    "MessageLogger",
+    "SRModel",
+    "augment",
+    "build_dataloader",
+    "build_dataset",
+    "build_loss",
+    "build_model",
+    "build_optimizer",
+    "calculate_metric",
+    "calculate_niqe",
+    "dict2str",
+    "get_dist_info",
+    "get_root_logger",
+    "get_time_str",
+    "img2tensor",
+    "init_dist",
+    "init_tb_loggers",
+    "lr_scheduler",
+    "make_exp_dirs",
+    "make_lmdb_from_imgs",
+    "mkdir_and_rename",
+    "paired_random_crop",
+    "set_learning_rates",
+    "tensor2img",
+]
 
 _PATCHED_VERSION = "1.4.2"
 
@@ -167,8 +223,6 @@ def _add_jpg_compression(img, quality=90):
 
 def _print_network(self: BaseModel, net: torch.nn.Module) -> None:
     """Upstream prints every layer of the network; its name and size are what a log needs."""
-    from basicsr.utils import get_root_logger
-
     if isinstance(net, (DataParallel, DistributedDataParallel)):
         net = net.module
     count = sum(p.numel() for p in net.parameters())

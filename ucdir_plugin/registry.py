@@ -62,9 +62,8 @@ def _as_metric(name: str) -> Callable[..., Any]:
     """A metric of images as one of MMEngine's; its arguments are those of the function, which are checked."""
 
     def build(**arguments: Any) -> Any:
-        from ucdir_plugin.mm.metrics import RestorationMetrics
-
-        return RestorationMetrics({name.removeprefix("calculate_"): {"type": name, **arguments}})
+        metrics = {name.removeprefix("calculate_"): {"type": name, **arguments}}
+        return METRICS.build({"type": f"{SCOPE}.RestorationMetrics", "metrics": metrics})
 
     return build
 

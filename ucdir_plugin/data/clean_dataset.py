@@ -8,10 +8,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from basicsr.data.transforms import augment
-from basicsr.utils import get_root_logger
 from torch.utils.data import Dataset
 
+from ucdir_plugin.compat import augment, get_root_logger
 from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.registry import register

@@ -9,10 +9,9 @@ import os
 from typing import Any
 
 import numpy as np
-from basicsr.data.transforms import augment, paired_random_crop
-from basicsr.utils import FileClient
 from torch.utils.data import Dataset
 
+from ucdir_plugin.compat import FileClient, augment, paired_random_crop
 from ucdir_plugin.data.lmdbs import _lmdb_sizes, read_lmdb_names
 from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
 from ucdir_plugin.registry import register

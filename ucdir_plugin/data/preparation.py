@@ -17,10 +17,10 @@ from typing import Any, Callable, NamedTuple, Sequence
 import cv2
 import lmdb
 import numpy as np
-from basicsr.utils.lmdb_util import make_lmdb_from_imgs
 from PIL import Image
 from tqdm import tqdm
 
+from ucdir_plugin.compat import make_lmdb_from_imgs
 from ucdir_plugin.data.lmdbs import read_lmdb_names
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.utils.errors import UserError, WriteError, at_least_one, free_space

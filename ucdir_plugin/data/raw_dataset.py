@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from basicsr.data.transforms import augment, paired_random_crop
 from torch.utils.data import Dataset
 
+from ucdir_plugin.compat import augment, paired_random_crop
 from ucdir_plugin.data.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
 from ucdir_plugin.data.raw import develop, read_pairs

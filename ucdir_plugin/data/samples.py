@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import numpy as np
-from basicsr.utils import img2tensor
 
+from ucdir_plugin.compat import img2tensor
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.image_reading import check_inside
 

@@ -11,12 +11,11 @@ import warnings
 from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
-from basicsr.metrics import calculate_metric
-from basicsr.utils import get_root_logger
-from basicsr.utils.registry import METRIC_REGISTRY
 
+from ucdir_plugin.compat import calculate_metric, get_root_logger
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.metrics import distances, protocol
+from ucdir_plugin.registry import METRIC_REGISTRY
 from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, named
 
 Metrics = Mapping[str, Mapping[str, Any]]

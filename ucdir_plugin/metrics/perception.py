@@ -8,8 +8,8 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
-from basicsr.metrics import calculate_niqe
 
+from ucdir_plugin.compat import calculate_niqe
 from ucdir_plugin.metrics.images import described, exact, imported, package_folder, rgb
 from ucdir_plugin.metrics.protocol import package_version
 from ucdir_plugin.registry import register

@@ -6,10 +6,10 @@ import math
 from copy import deepcopy
 from typing import Any, Dict, Mapping, Union
 
-from basicsr.data import build_dataset
 from mmengine.dist import get_dist_info
 from torch.utils.data import Dataset
 
+from ucdir_plugin.compat import build_dataset
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
 from ucdir_plugin.data.samples import sample_key
 from ucdir_plugin.options.schema import DatasetOptions

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
-from basicsr.utils import tensor2img
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
 from ucdir_plugin import compat
+from ucdir_plugin.compat import tensor2img
+from ucdir_plugin.mm.optim import DiffusionOptimWrapper
 from ucdir_plugin.registry import HOOKS
+from ucdir_plugin.training.setup import seed_everything
 from ucdir_plugin.training.steps import LossSums, build_schedulers, update_average
+from ucdir_plugin.training.stops import Stop
 from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.training_states import schedule_of_options
 
@@ -23,7 +26,7 @@ def bare(runner: Any) -> Any:
 
 def _stepped(runner: Any) -> bool:
     """Whether this iteration changed the weights; MMEngine's own wrappers do not say."""
-    return getattr(runner.optim_wrapper, "stepped", True)
+    return runner.optim_wrapper.stepped if isinstance(runner.optim_wrapper, DiffusionOptimWrapper) else True
 
 
 @HOOKS.register_module()
@@ -36,8 +39,6 @@ class SeedHook(Hook):
         self.seed = seed
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        from ucdir_plugin.training.setup import seed_everything
-
         seed_everything(self.seed, "step", runner.iter + 1, runner.rank)
 
 
@@ -172,8 +173,6 @@ class StopHook(Hook):
     priority = "VERY_LOW"
 
     def __init__(self) -> None:
-        from ucdir_plugin.training.stops import Stop
-
         self.stop = Stop()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -187,6 +186,11 @@ class StopHook(Hook):
             f"signal {self.stop.signal}: stopped and saved at iteration {iteration}; go on with --auto_resume"
         )
         runner.train_loop.stop_training = True
+
+
+def stop_hook(runner: Any) -> Optional[StopHook]:
+    """The hook that stops a training; None in a configuration of MMEngine's own without one."""
+    return next((hook for hook in runner.hooks if isinstance(hook, StopHook)), None)
 
 
 def save(runner: Any, iteration: int) -> None:

@@ -6,19 +6,21 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Dict, Iterator
 
 import torch
-from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
+from ucdir_plugin.compat import SRModel, get_root_logger
 from ucdir_plugin.data.loader import PATIENCE, close
-from ucdir_plugin.mm.hooks import save
+from ucdir_plugin.mm.hooks import save, stop_hook
 from ucdir_plugin.mm.metrics import flat
+from ucdir_plugin.mm.models import MMBIRDModel
+from ucdir_plugin.mm.optim import DiffusionOptimWrapper
 from ucdir_plugin.registry import LOOPS
 from ucdir_plugin.training import testing
+from ucdir_plugin.training.setup import first_step
 from ucdir_plugin.training.steps import parts_of
 from ucdir_plugin.utils.errors import Stopped, UserError
 
@@ -53,8 +55,6 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         self.accumulate = accumulate
 
     def run(self) -> Any:
-        from ucdir_plugin.training.setup import first_step
-
         runner, sampler, start = self.runner, self.dataloader.sampler, self._iter
         if self._iter:
             close(self.dataloader_iterator._iterator)
@@ -63,7 +63,7 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         validates = runner.val_loop is not None
-        hook = next((hook for hook in runner.hooks if hasattr(hook, "stop")), None)  # not in a .py configuration
+        hook = stop_hook(runner)
         waits = hook is not None and not runner.distributed  # ranks in a step can leave only after it
         try:
             if validates and 0 < self._iter < self._max_iters and self._iter % self.val_interval == 0:
@@ -104,7 +104,8 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         size = len(data_batch["sample_number"])
-        part = getattr(runner.optim_wrapper, "part", None)  # wrappers of MMEngine's count for themselves
+        wrapper = runner.optim_wrapper
+        part = wrapper.part if isinstance(wrapper, DiffusionOptimWrapper) else None  # MMEngine's count for themselves
         outputs: Dict[str, Any] = {}
         for rows in parts_of(size, self.accumulate):
             share = (rows.stop - rows.start) / size
@@ -134,7 +135,8 @@ class Restoring(SRModel):
         self.opt, self.runner, self.phase, self.count = opt, runner, phase, 0
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.weights = opt["path"].get("pretrain_network_g")
-        if hasattr(self.model, "restorer"):
+        self.losses: Dict[str, float] = {}
+        if isinstance(self.model, MMBIRDModel):
             self.weights = self.model.restorer.prior.file
 
     @property
@@ -200,7 +202,6 @@ class RestorationLoop(BaseLoop):
         self.evaluator, self.datasets, self.opt, self.phase, self.code = evaluator, datasets, opt, phase, 0
 
     def run(self) -> Dict[str, float]:
-
         runner = self.runner
         runner.call_hook(f"before_{self.phase}")
         runner.call_hook(f"before_{self.phase}_epoch")
@@ -208,14 +209,14 @@ class RestorationLoop(BaseLoop):
         kind = Generating if self.opt["model_type"] == "DiffusionPriorModel" else Restoring
         model = kind(runner, self.opt, self.phase)
         metrics: Dict[str, float] = {}
-        stop = next((hook.stop for hook in runner.hooks if hasattr(hook, "stop")), None)
+        hook = stop_hook(runner)
         sharded = isinstance(runner.model, FullyShardedDataParallel)  # its module has no whole weights else
         with FullyShardedDataParallel.summon_full_params(runner.model, writeback=False) if sharded else nullcontext():
             if self.phase == "test":
                 self.code = testing.test_sets(self.opt, model, self.datasets)
             for dataset in self.datasets if self.phase == "val" else ():
-                results = testing.validate_set(self.opt, model, dataset, runner.iter, None, stop)
-                found = flat(results) if results is not None else getattr(model, "losses", {})
+                results = testing.validate_set(self.opt, model, dataset, runner.iter, None, hook and hook.stop)
+                found = flat(results) if results is not None else model.losses
                 several = f"{dataset.opt['name']}/" if len(self.datasets) > 1 else ""
                 metrics.update({f"{several}{name}": value for name, value in found.items()})
         runner.call_hook(f"after_{self.phase}_epoch", metrics=metrics)

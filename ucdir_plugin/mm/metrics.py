@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from basicsr.utils import tensor2img
 from mmengine.evaluator import BaseMetric
 
+from ucdir_plugin.compat import tensor2img
 from ucdir_plugin.evaluation.measure import Evaluation
 from ucdir_plugin.evaluation.tables import Results
 from ucdir_plugin.options.calls import check_metric

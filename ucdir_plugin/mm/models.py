@@ -57,7 +57,7 @@ class DiffusionPreprocessor(BaseDataPreprocessor):
         return {"inputs": inputs, "samples": data["sample_number"].tolist()}
 
 
-class DiffusionModel(BaseModel):
+class MMDiffusionModel(BaseModel):
     """A task's network, and its average, as a model of MMEngine.
 
     Args:
@@ -66,6 +66,7 @@ class DiffusionModel(BaseModel):
 
     Attributes:
         net_g, net_g_ema: the network and, with ``train: ema_decay``, its average, which predicts.
+        averaged: whether there is an average.
         seen: losses, noise levels and errors of the batches since the hooks last took them.
 
     Raises:
@@ -83,8 +84,9 @@ class DiffusionModel(BaseModel):
         self.task, self.seen = task, []
         self.net_g = task.compiled(task.network())
         task.load_first(self.net_g, checkpoints.load_into)
+        self.averaged = opt["is_train"] and bool(opt["train"].get("ema_decay"))
         if opt["is_train"]:
-            if opt["train"].get("ema_decay"):
+            if self.averaged:
                 self.net_g_ema = task.compiled(deepcopy(self.net_g)).eval().requires_grad_(False)
                 path = opt.get("path") or {}
                 if path.get("pretrain_network_g"):
@@ -96,7 +98,7 @@ class DiffusionModel(BaseModel):
     @property
     def net(self) -> torch.nn.Module:
         """The averaged network if there is one."""
-        return getattr(self, "net_g_ema", self.net_g)
+        return self.net_g_ema if self.averaged else self.net_g
 
     def losses(self) -> Dict[str, torch.Tensor]:
         """Means by name over what was ``seen``."""
@@ -106,7 +108,7 @@ class DiffusionModel(BaseModel):
     def init_weights(self) -> None:
         """Nothing: networks initialise themselves, and weights may be loaded by now."""
 
-    def train(self, mode: bool = True) -> DiffusionModel:
+    def train(self, mode: bool = True) -> MMDiffusionModel:
         super().train(mode)
         self.task.train_mode(self.net_g, mode)
         self.net.train(mode and self.net is self.net_g)
@@ -142,8 +144,8 @@ class DiffusionModel(BaseModel):
         """What the network makes, in [-1, 1]."""
 
 
-@MODELS.register_module()
-class UCDIRModel(DiffusionModel):
+@MODELS.register_module(name="UCDIRModel")
+class MMUCDIRModel(MMDiffusionModel):
     """UCDIR, a :class:`~ucdir_plugin.training.ucdir_task.UCDIRTask`; arguments as of :class:`DiffusionModel`."""
 
     task_class = UCDIRTask
@@ -164,8 +166,8 @@ class UCDIRModel(DiffusionModel):
         return self.task.restore(self.net, inputs, keys or [str(i) for i in range(len(inputs["lq"]))])
 
 
-@MODELS.register_module()
-class DiffusionPriorModel(DiffusionModel):
+@MODELS.register_module(name="DiffusionPriorModel")
+class MMDiffusionPriorModel(MMDiffusionModel):
     """An unconditional prior: a :class:`~ucdir_plugin.training.prior_task.PriorTask` under MMEngine."""
 
     task_class = PriorTask
@@ -188,8 +190,8 @@ class BlindPreprocessor(BaseDataPreprocessor):
         return {"inputs": {k: data[k] for k in ("lq", "gt", "known") if k in data}, "samples": _keys(data, 1)}
 
 
-@MODELS.register_module()
-class BIRDModel(BaseModel):
+@MODELS.register_module(name="BIRDModel")
+class MMBIRDModel(BaseModel):
     """BIR-D under MMEngine; it cannot be trained. One image at a time.
 
     Args:

@@ -8,34 +8,29 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
-import time
 import traceback
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
-from basicsr.utils import mkdir_and_rename
 from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from torch.utils.data import DataLoader
 
 from ucdir_plugin import compat
 from ucdir_plugin.data.loader import training_loader
-from ucdir_plugin.mm import models
+from ucdir_plugin.mm import models  # noqa: F401  (registers them)
 from ucdir_plugin.mm.data import KeyedSampler
-from ucdir_plugin.options.reading import apply_overrides, option_text
-from ucdir_plugin.registry import SCOPE
+from ucdir_plugin.mm.hooks import stop_hook
+from ucdir_plugin.options.reading import apply_overrides
+from ucdir_plugin.registry import MODELS, SCOPE
 from ucdir_plugin.training import setup, stops
-from ucdir_plugin.utils import files
 from ucdir_plugin.utils.checkpoints import load_into, numbered, read_checkpoint
 from ucdir_plugin.utils.errors import UserError
-from ucdir_plugin.utils.training_states import remove_leftovers
-from ucdir_plugin.zoo.model_files import find_weights
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def mmengine_errors(what: str) -> Iterator[None]:
     """What MMEngine itself says against options, before or in a run, as one line.
 
     Raises:
@@ -106,7 +101,7 @@ def runner_of(opt: Dict[str, Any], root: str, launcher: str, parts: Dict[str, An
 def build_model(opt: Dict[str, Any]) -> torch.nn.Module:
     """The model of mm/ that ``model_type`` names, its weights a function of the seed."""
     setup.seed_everything(opt["manual_seed"], "init")
-    return setup.build("model", getattr(models, opt["model_type"]), opt)
+    return setup.build("model", MODELS.module_dict[opt["model_type"]], opt)
 
 
 def optim_wrapper(opt: Dict[str, Any]) -> Dict[str, Any]:
@@ -116,6 +111,27 @@ def optim_wrapper(opt: Dict[str, Any]) -> Dict[str, Any]:
         return {"constructor": f"{SCOPE}.DiffusionOptimConstructor"}
     clip = {"clip_grad": {"max_norm": train["grad_clip"]}} if train["grad_clip"] else {}
     return {"optimizer": dict(train["optim_g"]), **clip, **copy.deepcopy(own)}
+
+
+def find_saved(opt: Dict[str, Any]) -> Optional[setup.Saved]:
+    """The checkpoint to go on from, with its iteration."""
+    root = opt["path"]["experiments_root"]
+    checkpoint = find_checkpoint(opt, root)
+    return setup.Saved(_check(checkpoint), checkpoint, root, f"from {checkpoint}") if checkpoint else None
+
+
+def load_saved(model: torch.nn.Module, saved: setup.Saved) -> List[str]:
+    """Weights of a checkpoint, all of them: MMEngine leaves out, without an error, what does not fit."""
+    load_into(model.net_g, saved.content, True, "params")
+    if model.averaged:
+        load_into(model.net_g_ema, saved.content, True, "params_ema")
+    return []
+
+
+def make_folder(opt: Dict[str, Any]) -> None:
+    """The folder of the run; an older one is renamed."""
+    if opt["rank"] == 0:
+        compat.mkdir_and_rename(opt["path"]["log"])
 
 
 def find_checkpoint(opt: Dict[str, Any], root: str) -> Optional[str]:
@@ -164,6 +180,9 @@ def loops_of(opt: Dict[str, Any], phase: str, sets: List[Any]) -> Dict[str, Any]
     return {f"{phase}_dataloader": DataLoader(sets[0]), f"{phase}_cfg": loop, f"{phase}_evaluator": []}
 
 
+MMENGINE = setup.Engine(find_saved, build_model, load_saved, make_folder)
+
+
 def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     """Train as complete options say; returns the exit code (128 + signal after a stop that was asked for).
 
@@ -173,26 +192,9 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     root, own, options = opt["path"]["experiments_root"], opt["mmengine"], opt["train"]
     if opt["model_type"] == "BIRDModel":
         raise UserError("BIRDModel restores without training: use tools/test.py or tools/restore.py")
-    (train_set,), val_sets = setup.build_sets(opt, ("train",)), setup.build_sets(opt, ("val",))
-    checkpoint = find_checkpoint(opt, root)
-    setup.agreed_start(_check(checkpoint) if checkpoint else 0, root, opt)
-    model = build_model(opt)
-    if checkpoint:  # MMEngine leaves out, without an error, what does not fit
-        load_into(model.net_g, checkpoint, True, "params")
-        if hasattr(model, "net_g_ema"):
-            load_into(model.net_g_ema, checkpoint, True, "params_ema")
-    if opt["dist"]:
-        torch.distributed.barrier()
-    if opt["rank"] == 0:
-        if checkpoint is None:
-            mkdir_and_rename(root)
-        remove_leftovers(root)
-        head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
-        files.write_text(head + option_text(args.opt), os.path.join(root, os.path.basename(args.opt)))
-        print(f"resuming {opt['name']} from {checkpoint}" if checkpoint else f"starting {opt['name']} from scratch")
-    if opt["dist"]:
-        torch.distributed.barrier()
-    setup.start_log(opt, "train")
+    begun = setup.begin_training(opt, args.opt, MMENGINE)
+    model, train_set, val_sets = begun.model, begun.train_set, begun.val_sets
+    checkpoint = begun.saved.content if begun.saved else None
     data = opt["datasets"]["train"]
     sampler = KeyedSampler(train_set, data["batch_size_per_gpu"], opt["manual_seed"])
     hooks = [{"type": f"{SCOPE}.SeedHook", "seed": opt["manual_seed"]}]
@@ -220,10 +222,10 @@ def train(opt: Dict[str, Any], args: argparse.Namespace) -> int:
         "custom_hooks": hooks,
         **loops_of(opt, "val", val_sets),
     }
-    with told("option mmengine"):
+    with mmengine_errors("option mmengine"):
         runner = runner_of(opt, root, args.launcher, parts)
         runner.train()
-    (stop,) = (hook.stop for hook in runner.hooks if hasattr(hook, "stop"))
+    stop = stop_hook(runner).stop
     return 128 + stop.signal if stop.signal else 0
 
 
@@ -233,21 +235,9 @@ def test(opt: Dict[str, Any], args: argparse.Namespace) -> int:
     Raises:
         UserError: naming what is wrong.
     """
-    if "network_g" in opt:
-        find_weights(opt, args.force_yml or [])
-    sets = setup.build_sets(opt, ("val", "test"))
-    if not sets:
-        raise UserError("option datasets: there is no val or test dataset")
-    model = build_model(opt)
     root = opt["path"]["results_root"]
-    if opt["dist"]:
-        torch.distributed.barrier()
-    if opt["rank"] == 0:
-        mkdir_and_rename(root)
-    if opt["dist"]:
-        torch.distributed.barrier()
-    setup.start_log(opt, "test")
-    with told("option mmengine"):
+    model, sets, _ = setup.begin_test(opt, args.force_yml or [], MMENGINE)
+    with mmengine_errors("option mmengine"):
         runner = runner_of(opt, root, args.launcher, {"model": model, **loops_of(opt, "test", sets)})
         runner.test()
     return runner.test_loop.code
@@ -282,7 +272,7 @@ def run_config(args: argparse.Namespace, is_train: bool) -> int:
         cfg.setdefault("model_wrapper_cfg", {"type": "MMDistributedDataParallel", "broadcast_buffers": False})
         cfg.model_wrapper_cfg.device_ids = None
     kind = FlexibleRunner if "strategy" in cfg else Runner
-    with told(path):
+    with mmengine_errors(path):
         runner = kind.from_cfg(cfg)
         runner.train() if is_train else runner.test()
     return 0

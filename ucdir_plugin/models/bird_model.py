@@ -10,6 +10,7 @@ from basicsr.models.sr_model import SRModel
 
 from ucdir_plugin.registry import register
 from ucdir_plugin.restoration import load
+from ucdir_plugin.restoration.bird import restore_sample
 from ucdir_plugin.utils.errors import UserError
 
 
@@ -46,8 +47,6 @@ class BIRDModel(SRModel):
         Raises:
             ImageError: if this image cannot be restored.
         """
-        from ucdir_plugin.restoration.bird import restore_sample
-
         self.initial, self.output, self.learned = restore_sample(self.restorer, self.lq, self.keys, self.known)
 
     def get_current_visuals(self) -> OrderedDict:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ucdir_plugin.training.steps import LossSums, parts_of, update_average
 from ucdir_plugin.training.task import DiffusionTask
 from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.protocols import Averaged
 
 
 class DiffusionModel(SRModel):
@@ -68,7 +69,7 @@ class DiffusionModel(SRModel):
 
     def net_to_use(self) -> torch.nn.Module:
         """The averaged network if there is one; without any parallel wrapper."""
-        return self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
+        return self.net_g_ema if isinstance(self, Averaged) else self.get_bare_model(self.net_g)
 
     def take(self, data: dict[str, Any]) -> None:
         """A batch of the data loader: sets ``batch``, and its samples' ``numbers`` (None under BasicSR's loop)."""

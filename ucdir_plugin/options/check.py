@@ -13,10 +13,13 @@ import os
 import re
 from typing import Any, Dict, List, Mapping, Optional
 
+import torch
 from pydantic import ValidationError
 
 from ucdir_plugin import registry
+from ucdir_plugin.compat import lr_scheduler
 from ucdir_plugin.data.degradations import chain
+from ucdir_plugin.diffusion.bird.tasks import preset, task_named
 from ucdir_plugin.diffusion.conditions import check_told, declare
 from ucdir_plugin.metrics import protocol
 from ucdir_plugin.options.calls import check_call, check_metric, check_registered
@@ -58,9 +61,6 @@ _FOREIGN = {
 
 
 def _check_train(train: Mapping[str, Any], network: Mapping[str, Any], own_model: bool) -> None:
-    import torch
-    from basicsr.models import lr_scheduler
-
     optim = train["optim_g"]
     optimizer = getattr(torch.optim, optim["type"], None)
     if not (inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)):
@@ -124,8 +124,6 @@ def _drop_own(train: dict, given: Mapping[str, Any], model_type: str) -> None:
 
 def _check_bird(opt: dict, raw: Mapping[str, Any]) -> None:
     """What BIRDModel has no use for, and what the keys of ``bird`` say together; sets ``scale`` to the task's."""
-    from ucdir_plugin.diffusion.bird.tasks import preset, task_named
-
     if (raw.get("val") or {}).get("sampling"):
         raise UserError("option val:sampling has no meaning for BIRDModel: bird:settings says how it samples")
     del opt["network_g"]

@@ -108,7 +108,6 @@ class SamplingOptions(_Schema):
 
 def _check_sampling(options: SamplingOptions, training: NoiseSchedule, where: str = "val:sampling:") -> None:
     """What the keys of SamplingOptions say together."""
-    from ucdir_plugin.options.schema import sampling_schedule  # which imports the networks
 
     def fault(key: str, message: str) -> None:
         raise UserError(f"option {where}{key}: {message}")

@@ -69,8 +69,6 @@ class Learned:
 
     def files(self) -> Dict[str, bytes]:
         """Suffix of a name -> content: the arrays, the figure, and each re-degraded observation."""
-        from ucdir_plugin.restoration.learned import learned_figure
-
         files = {LEARNED_ARRAYS: self.npz(), LEARNED_FIGURE: learned_figure(self)}
         for number, degraded in enumerate(self.degraded, 1):
             photo = image_reading.Photo(np.zeros((*degraded.shape[-2:], 3), np.uint8))

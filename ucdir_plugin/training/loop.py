@@ -1,4 +1,4 @@
-"""Training and testing of any registered BasicSR model: what tools/train.py and tools/test.py call.
+"""Training and testing of any registered BasicSR model.
 
 BasicSR's own loop replays the first batches after a resume; in this one everything random is a function of the seed and
 the iteration, so that a resumed run equals an uninterrupted one.
@@ -9,127 +9,70 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import functools
 import math
-import os
-import re
-import sys
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator, Optional
 
 import torch
-import torch.distributed as dist
-from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
-from basicsr.models import build_model
-from basicsr.train import init_tb_loggers
-from basicsr.utils import AvgTimer, MessageLogger
 
+from ucdir_plugin import compat
+from ucdir_plugin.compat import AvgTimer, CPUPrefetcher, CUDAPrefetcher, MessageLogger, init_tb_loggers
 from ucdir_plugin.data.loader import PATIENCE, EndlessSampler, close, training_loader
-from ucdir_plugin.options.reading import option_text
 from ucdir_plugin.training.setup import (
-    agreed_start,
+    Engine,
+    Saved,
+    begin_test,
+    begin_training,
     build,
-    build_sets,
     first_step,
     make_folders,
     one_line,
     seed_everything,
-    setup,
-    start_log,
 )
-from ucdir_plugin.training.stops import FiniteLosses, Stop, is_of_lost_rank, is_of_lost_worker
+from ucdir_plugin.training.stops import FiniteLosses, Stop
 from ucdir_plugin.training.testing import test_sets, validate_set, weights_of
-from ucdir_plugin.utils import files
 from ucdir_plugin.utils.checkpoints import not_finite
-from ucdir_plugin.utils.errors import Stopped, UserError, WriteError
+from ucdir_plugin.utils.errors import Stopped, UserError
+from ucdir_plugin.utils.protocols import HasNetwork
 from ucdir_plugin.utils.training_states import (
     check_optimizers,
     find_resume_state,
-    remove_leftovers,
     schedule_of_options,
 )
-from ucdir_plugin.zoo.model_files import find_weights
 
 
-def _mmengine() -> Any:
-    from ucdir_plugin.mm import runner as other  # which takes a while to import
-
-    return other
-
-
-def _tells_of_losses(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What :func:`is_of_lost_rank` knows becomes one line; so does the loss of a loader's worker, or of the disk."""
-
-    @functools.wraps(function)
-    def told(args: argparse.Namespace) -> int:
-        try:
-            return function(args)
-        except WriteError as err:
-            again = "what is saved is kept: once it can be written, go on with --auto_resume"
-            if function.__name__ == "test":
-                again = "what is restored is kept: run the same command again"
-            raise UserError(f"{err}; {again}") from err
-        except RuntimeError as err:
-            if is_of_lost_worker(err):
-                raise UserError(
-                    f"a process that reads data was killed ({str(err).splitlines()[0]}), perhaps for lack of memory: go"
-                    " on with --auto_resume, and fewer num_worker_per_gpu if it comes again"
-                ) from err
-            if not is_of_lost_rank(err):
-                raise
-            again = "start all ranks again with --auto_resume, from the last checkpoint"
-            if function.__name__ == "test":
-                again = "start all ranks again: what is restored is kept"
-            text = str(err)
-            if "timed out" in text.lower() or "timeout" in text.lower():
-                again += " (one that is only slow needs a larger dist_params: timeout, in seconds)"
-            reason = re.sub(r"^\[[^]]*\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's file and advice
-            raise UserError(
-                f"rank {dist.get_rank()} has lost another rank, which ended or does not answer ({reason}):"
-                f" its own output or the launcher says why; {again}"
-            ) from err
-
-    return told
+def find_saved(opt: dict) -> Optional[Saved]:
+    """The training state to go on from."""
+    state, folder = find_resume_state(opt), opt["path"]["training_states"]
+    return Saved(state["iter"], state, folder, f"at iteration {state['iter']}") if state else None
 
 
-@_tells_of_losses
-def train(args: argparse.Namespace) -> int:
-    """Train as the option file says; returns the exit code (128 + signal after a stop that was asked for)."""
-    if args.opt.endswith(".py"):
-        return _mmengine().run_config(args, is_train=True)
-    opt = setup(args, is_train=True)
-    if opt["engine"] == "mmengine":
-        return _mmengine().train(opt, args)
-    rank_0, seed, total = opt["rank"] == 0, opt["manual_seed"], opt["train"]["total_iter"]
-    text = option_text(args.opt)
-    # Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
-    (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
-    resume = find_resume_state(opt)
-    start = agreed_start(resume["iter"] if resume else 0, opt["path"]["training_states"], opt)
-    seed_everything(seed, "init")
-    model = build("model", build_model, opt)
-    if resume:
-        check_optimizers(resume, model.optimizers)
-        with one_line("resuming"):
-            resume["schedulers"], rescheduled = schedule_of_options(resume["schedulers"], model.schedulers)
-            model.resume_training(resume)
-        model.best_metric_results = resume.get("best_metric_results", {})
-    if opt["dist"]:
-        dist.barrier()  # all have looked before rank 0 moves an earlier experiment away
-    root = opt["path"]["experiments_root"]
-    if not resume:
-        make_folders(opt)
-    if rank_0:
-        remove_leftovers(root)
-        state = f"resuming {opt['name']} at iteration {start}" if resume else f"starting {opt['name']} from scratch"
-        print(state, flush=True)
-        head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
-        files.write_text(head + text, os.path.join(root, os.path.basename(args.opt)))
-    logger = start_log(opt, "train")
-    if resume and rescheduled:
-        logger.info(f"learning rates go on as the options say: other {', '.join(rescheduled)} than before")
+def load_saved(model: Any, saved: Saved) -> list[str]:
+    """Put a training state into a model; the options' schedule of learning rates is kept."""
+    state = saved.content
+    check_optimizers(state, model.optimizers)
+    with one_line("resuming"):
+        state["schedulers"], rescheduled = schedule_of_options(state["schedulers"], model.schedulers)
+        model.resume_training(state)
+    model.best_metric_results = state.get("best_metric_results", {})
+    other = ", ".join(rescheduled)
+    return [f"learning rates go on as the options say: other {other} than before"] if rescheduled else []
+
+
+BASICSR = Engine(find_saved, lambda opt: build("model", compat.build_model, opt), load_saved, make_folders)
+
+
+def train(opt: dict, args: argparse.Namespace) -> int:
+    """Train as complete options say; returns the exit code (128 + signal after a stop that was asked for).
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    seed, total = opt["manual_seed"], opt["train"]["total_iter"]
+    train_set, val_sets, model, saved_state, logger = begin_training(opt, args.opt, BASICSR)
+    start = saved_state.iteration if saved_state else 0
     logger.info(f"weights: {opt['path'].get('pretrain_network_g') or 'random'}")
-    if hasattr(model, "net_g"):
+    if isinstance(model, HasNetwork):
         model.print_network(model.net_g)
 
     data_opt = opt["datasets"]["train"]
@@ -234,25 +177,12 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-@_tells_of_losses
-def test(args: argparse.Namespace) -> int:
-    """Test on the option file's val and test datasets, write pictures and tables; returns the exit code."""
-    if args.opt.endswith(".py"):
-        return _mmengine().run_config(args, is_train=False)
-    opt = setup(args, is_train=False)
-    if opt["engine"] == "mmengine":
-        return _mmengine().test(opt, args)
-    if "network_g" in opt:
-        find_weights(opt, args.force_yml or [])
-    sets = build_sets(opt, ("val", "test"))
-    if not sets:
-        raise UserError("option datasets: there is no val or test dataset")
-    model = build("model", build_model, opt)
-    if opt["dist"]:
-        dist.barrier()
-    make_folders(opt)
-    if opt["dist"]:
-        dist.barrier()
-    logger = start_log(opt, "test")
+def test(opt: dict, args: argparse.Namespace) -> int:
+    """Test on the option file's val and test datasets, write pictures and tables; returns the exit code.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    model, sets, logger = begin_test(opt, args.force_yml or [], BASICSR)
     logger.info(f"weights: {weights_of(opt, model)}, key {opt['path'].get('param_key_g')}")
     return test_sets(opt, model, sets)

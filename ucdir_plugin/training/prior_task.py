@@ -11,19 +11,19 @@ from typing import Any, Callable, Mapping, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from basicsr.losses import build_loss
-from basicsr.utils import tensor2img
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from ucdir_plugin.compat import build_loss, tensor2img
 from ucdir_plugin.data.samples import sample_key
 from ucdir_plugin.diffusion.noise import generator, image_noise
 from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.diffusion.schedule import NoiseSchedule, diffuse
 from ucdir_plugin.losses.diffusion_loss import variational_terms
 from ucdir_plugin.options import schema
+from ucdir_plugin.options.schema import PriorScheduleOptions
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.training.steps import BANDS
 from ucdir_plugin.training.task import Batch, DiffusionTask, signed, training_noise, unsigned
@@ -43,8 +43,6 @@ class PriorTask(DiffusionTask):
     band_log = "l_eps_l2_band"
 
     def schedule_options(self) -> type:
-        from ucdir_plugin.options.schema import PriorScheduleOptions
-
         return PriorScheduleOptions
 
     def network(self) -> nn.Module:

@@ -8,24 +8,32 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from basicsr.data import build_dataset
-from basicsr.utils import get_root_logger, get_time_str, make_exp_dirs, mkdir_and_rename
-from basicsr.utils.dist_util import get_dist_info
-from basicsr.utils.options import dict2str
 
 from ucdir_plugin import compat
 from ucdir_plugin.archs.sizing import check_network
+from ucdir_plugin.compat import (
+    build_dataset,
+    dict2str,
+    get_dist_info,
+    get_root_logger,
+    get_time_str,
+    make_exp_dirs,
+    mkdir_and_rename,
+)
 from ucdir_plugin.data.loader import seed_cpu
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.options.check import load_options, share_batch
+from ucdir_plugin.options.reading import option_text
 from ucdir_plugin.training.stops import is_of_lost_rank, is_of_lost_worker
-from ucdir_plugin.utils import memory
+from ucdir_plugin.utils import files, memory
 from ucdir_plugin.utils.errors import UserError, free_space
+from ucdir_plugin.utils.training_states import remove_leftovers
 from ucdir_plugin.utils.versions import __version__
+from ucdir_plugin.zoo.model_files import find_weights
 
 
 def setup(args: argparse.Namespace, is_train: bool) -> dict:
@@ -104,14 +112,14 @@ def seed_everything(*key: Any) -> None:
 class LogFile(logging.FileHandler):
     """One that says once that it cannot be written, where logging prints a traceback for each line."""
 
-    told = False
+    complained = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         err = sys.exc_info()[1]
         if not isinstance(err, OSError):
             super().handleError(record)
-        elif not self.told:
-            self.told = True
+        elif not self.complained:
+            self.complained = True
             print(
                 f"warning: the log {self.baseFilename} cannot be written: {err.strerror}"
                 f" ({free_space(self.baseFilename)}); training goes on",
@@ -171,26 +179,6 @@ def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
     return [build(f"option datasets:{p} ({d['type']})", build_dataset, d) for p, d in sets.items()]
 
 
-def agreed_start(start: int, folder: str, opt: dict) -> int:
-    """The iteration that all ranks resume at.
-
-    Args:
-        start: that this rank found in ``folder``, or 0.
-
-    Raises:
-        UserError: if they found different ones.
-    """
-    if opt["dist"]:
-        first = [start]
-        dist.broadcast_object_list(first)
-        if first[0] != start:
-            raise UserError(
-                f"rank {opt['rank']} finds iteration {start} in {folder}, rank 0 iteration {first[0]}:"
-                " all machines need the same folder (a shared disk)"
-            )
-    return start
-
-
 def make_folders(opt: dict) -> None:
     """BasicSR's; an older folder is renamed after the second, which another may have been renamed after already."""
     roots = [opt["path"]["experiments_root" if opt["is_train"] else "results_root"]]
@@ -201,6 +189,120 @@ def make_folders(opt: dict) -> None:
     make_exp_dirs(opt)
     for root in roots[1:] if opt["rank"] == 0 else ():
         mkdir_and_rename(root)
+
+
+class Saved(NamedTuple):
+    """What a training goes on from.
+
+    Attributes:
+        iteration: that it is of.
+        content: what the engine read: a training state, or the path of a checkpoint.
+        folder: where it was found.
+        words: how a line of the log calls it.
+    """
+
+    iteration: int
+    content: Any
+    folder: str
+    words: str
+
+
+class Engine(NamedTuple):
+    """What the engines, BasicSR's and MMEngine's, do in their own way when a run begins.
+
+    Attributes:
+        find: options -> what to go on from, or None.
+        build: options -> the model.
+        load: puts what was found into the model; gives lines for the log.
+        make_folders: of the run.
+    """
+
+    find: Callable[[dict], Optional[Saved]]
+    build: Callable[[dict], Any]
+    load: Callable[[Any, Saved], List[str]]
+    make_folders: Callable[[dict], None]
+
+
+def agreed_start(saved: Optional[Saved], opt: dict) -> None:
+    """Compare what the ranks go on from.
+
+    Raises:
+        UserError: if they found different iterations.
+    """
+    if opt["dist"]:
+        start = saved.iteration if saved else 0
+        folder = saved.folder if saved else opt["path"]["experiments_root"]
+        first = [start]
+        dist.broadcast_object_list(first)
+        if first[0] != start:
+            raise UserError(
+                f"rank {opt['rank']} finds iteration {start} in {folder}, rank 0 iteration {first[0]}:"
+                " all machines need the same folder (a shared disk)"
+            )
+
+
+class Begun(NamedTuple):
+    """A training that is ready for its first step."""
+
+    train_set: Any
+    val_sets: List[Any]
+    model: Any
+    saved: Optional[Saved]
+    logger: logging.Logger
+
+
+def begin_training(opt: dict, option_file: str, engine: Engine) -> Begun:
+    """Build data sets and model, go on from what is saved, make the run's folder and start its log.
+
+    Whatever can be wrong with data, weights and networks shows before any folder is made or moved away.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    text = option_text(option_file)
+    (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
+    saved = engine.find(opt)
+    agreed_start(saved, opt)
+    seed_everything(opt["manual_seed"], "init")
+    model = engine.build(opt)
+    lines = engine.load(model, saved) if saved else []
+    _wait(opt)  # all have looked before rank 0 moves an earlier experiment away
+    if saved is None:
+        engine.make_folders(opt)
+    root = opt["path"]["experiments_root"]
+    if opt["rank"] == 0:
+        remove_leftovers(root)
+        head = f"# {time.asctime()}: {' '.join(sys.argv)}\n"
+        files.write_text(head + text, os.path.join(root, os.path.basename(option_file)))
+        print(f"resuming {opt['name']} {saved.words}" if saved else f"starting {opt['name']} from scratch", flush=True)
+    _wait(opt)
+    logger = start_log(opt, "train")
+    for line in lines:
+        logger.info(line)
+    return Begun(train_set, val_sets, model, saved, logger)
+
+
+def begin_test(opt: dict, overrides: List[str], engine: Engine) -> Tuple[Any, List[Any], logging.Logger]:
+    """Find weights, build data sets and model, make the folder of results and start its log.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    if "network_g" in opt:
+        find_weights(opt, overrides)
+    sets = build_sets(opt, ("val", "test"))
+    if not sets:
+        raise UserError("option datasets: there is no val or test dataset")
+    model = engine.build(opt)
+    _wait(opt)
+    engine.make_folders(opt)
+    _wait(opt)
+    return model, sets, start_log(opt, "test")
+
+
+def _wait(opt: dict) -> None:
+    if opt["dist"]:
+        dist.barrier()
 
 
 _MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "Adadelta": 2}

@@ -10,9 +10,9 @@ from typing import Any, Callable, Dict, List, Mapping, Optional
 
 import torch
 import torch.distributed as dist
-from basicsr.models.base_model import BaseModel
 from torch import nn
 
+from ucdir_plugin.compat import BaseModel
 from ucdir_plugin.utils.checkpoints import not_finite
 from ucdir_plugin.utils.errors import UserError
 

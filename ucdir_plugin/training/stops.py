@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ucdir_plugin.utils.errors import Stopped, UserError
+from ucdir_plugin.utils.protocols import LogsLosses
 
 
 class Stop:
@@ -91,7 +92,7 @@ class FiniteLosses:
         Raises:
             UserError: after ``limit`` iterations in a row with a logged loss that is not finite.
         """
-        losses = getattr(model, "log_dict", {}).values()
+        losses = model.log_dict.values() if isinstance(model, LogsLosses) else ()
         self.bad = self.bad + 1 if any(not math.isfinite(v) for v in losses) else 0
         if self.bad >= self.limit:
             raise UserError(

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
-from basicsr.losses import build_loss
 from torch import nn
 
-from ucdir_plugin.compat import build_optimizer
+from ucdir_plugin.compat import build_loss, build_optimizer
 from ucdir_plugin.diffusion.noise import generator
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.options.schema import SamplingOptions
 from ucdir_plugin.training.steps import Stepper
 from ucdir_plugin.utils import devices
 
@@ -65,8 +65,6 @@ class DiffusionTask(ABC):
     band_log = "l_eps_l1_band"
 
     def __init__(self, opt: Dict[str, Any], device: torch.device):
-        from ucdir_plugin.options.schema import SamplingOptions  # not needed to import the package
-
         # Complete under tools/train.py; others hand over what they have.
         self.opt, self.device, self.train_opt = opt, device, opt.get("train") or {}
         self.schedule = self.schedule_options()(**opt.get("diffusion") or {}).schedule()

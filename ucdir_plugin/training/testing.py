@@ -9,14 +9,14 @@ import os
 import shutil
 from typing import Any, Optional
 
-from basicsr.data import build_dataloader
-
+from ucdir_plugin.compat import build_dataloader
 from ucdir_plugin.evaluation import report, tables
 from ucdir_plugin.evaluation.measure import for_basicsr_loop
 from ucdir_plugin.training.stops import Stop
 from ucdir_plugin.training.validation import bare_networks, handles, validate
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.files import sha256_of
+from ucdir_plugin.utils.protocols import HasRestorer, NamesWeights
 from ucdir_plugin.utils.versions import versions
 
 
@@ -63,7 +63,7 @@ def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> st
         dataset,
         [(file.st_size, file.st_mtime_ns) for file in files],
         weights,
-        model.restorer.record_settings() if hasattr(model, "restorer") else None,
+        model.restorer.record_settings() if isinstance(model, HasRestorer) else None,
         versions(),
     ]
     return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
@@ -71,7 +71,7 @@ def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> st
 
 def weights_of(opt: dict, model: Any) -> Optional[str]:
     """The file that a model's weights are from."""
-    return getattr(model, "weights", opt["path"]["pretrain_network_g"])
+    return model.weights if isinstance(model, NamesWeights) else opt["path"]["pretrain_network_g"]
 
 
 def validate_set(

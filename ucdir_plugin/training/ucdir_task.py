@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Mapping, Optional
 
 import torch
-from basicsr.losses import build_loss
 from torch import nn
 
+from ucdir_plugin.compat import build_loss
 from ucdir_plugin.diffusion import conditions
 from ucdir_plugin.diffusion.noise import image_noise
+from ucdir_plugin.options.schema import ScheduleOptions
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.restoration import sampling
 from ucdir_plugin.training.task import Batch, DiffusionTask, signed, training_noise
@@ -23,8 +24,6 @@ class UCDIRTask(DiffusionTask):
     """
 
     def schedule_options(self) -> type:
-        from ucdir_plugin.options.schema import ScheduleOptions
-
         return ScheduleOptions
 
     def network(self) -> nn.Module:

@@ -8,12 +8,11 @@ from typing import Any, Iterator, Optional
 
 import numpy as np
 import torch.distributed as dist
-from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, tensor2img
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from ucdir_plugin.compat import SRModel, get_root_logger, tensor2img
 from ucdir_plugin.data.loader import PatientDataset
 from ucdir_plugin.data.samples import sample_key
 from ucdir_plugin.evaluation import tables
@@ -23,6 +22,7 @@ from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.errors import ImageError, Stopped
 from ucdir_plugin.utils.files import write_atomically
 from ucdir_plugin.utils.image_writing import write_image
+from ucdir_plugin.utils.protocols import GivesFiles
 
 STAGES = {"lq": "input", "initial": "initial", "result": "restored"}
 
@@ -143,7 +143,7 @@ def _restored(model: Any, data: dict[str, Any]) -> tuple[dict[str, np.ndarray], 
     visuals = model.get_current_visuals()
     names = {**STAGES, "gt": "truth"}
     pictures = {stage: tensor2img([visuals[name]]) for name, stage in names.items() if name in visuals}
-    return pictures, model.result_files() if hasattr(model, "result_files") else {}
+    return pictures, model.result_files() if isinstance(model, GivesFiles) else {}
 
 
 def _state(data: dict[str, Any]) -> list[list[int]]:

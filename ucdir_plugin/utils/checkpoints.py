@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import pickle
 import zipfile
@@ -192,11 +193,9 @@ def load_network(self, net: nn.Module, load_path: str, strict: bool = True, para
 
     ``param_key`` falls back as in :func:`choose_state`.
     """
-    from basicsr.utils import get_root_logger
-
     net = self.get_bare_model(net)
     used = load_into(net, load_path, strict, param_key)
-    get_root_logger().info(f"Loaded {type(net).__name__} from {load_path}, key {used}.")
+    logging.getLogger("basicsr").info(f"Loaded {type(net).__name__} from {load_path}, key {used}.")
 
 
 def numbered(folder: str, prefix: str) -> dict[int, str]:

@@ -14,6 +14,7 @@ import torch
 from ucdir_plugin.utils.checkpoints import read_checkpoint
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.files import atomic_write
+from ucdir_plugin.utils.protocols import KeepsExtraState
 
 
 def atomic_save(obj: Any, path: str | os.PathLike) -> None:
@@ -65,7 +66,7 @@ def save_training_state(self, epoch: int, current_iter: int) -> None:
         "optimizer_types": [type(o).__name__ for o in self.optimizers],
         "schedulers": [s.state_dict() for s in self.schedulers],
         "best_metric_results": getattr(self, "best_metric_results", {}),
-        "extra": self.extra_state() if hasattr(self, "extra_state") else {},
+        "extra": self.extra_state() if isinstance(self, KeepsExtraState) else {},
     }
     atomic_save(state, os.path.join(self.opt["path"]["training_states"], f"{current_iter}.state"))
 

@@ -6,8 +6,11 @@ from typing import Any, Mapping, Optional
 
 import torch
 
+from ucdir_plugin.archs import UCDIR
+from ucdir_plugin.registry import build_arch
 from ucdir_plugin.utils.checkpoints import choose_state, fitting_state_dict, read_checkpoint
 from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.training_states import atomic_save
 from ucdir_plugin.zoo.model_files import _write_safetensors
 
 # What the released ``*_gen.pth`` of UCDIR holds beside the weights: constants of its noise schedule.
@@ -41,9 +44,6 @@ def convert_ucdir(source: str, target: str) -> dict[str, Any]:
     Raises:
         UserError: if the file cannot be read or is of another architecture.
     """
-    from ucdir_plugin.archs import UCDIR
-    from ucdir_plugin.utils.training_states import atomic_save
-
     state = read_checkpoint(source)
     if isinstance(state, Mapping) and isinstance(state.get("params"), Mapping):
         state = state["params"]
@@ -76,8 +76,6 @@ def convert_adm(
     Raises:
         UserError: if the file cannot be read or written, or is of another architecture.
     """
-    from ucdir_plugin.registry import build_arch
-
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a prior's file ends with .safetensors")
     config = {"type": "ADMUNet", **(network or {})}

@@ -10,8 +10,11 @@ from typing import Any, Mapping, Optional
 import torch
 from safetensors import safe_open
 
+from ucdir_plugin.options.check import check_options
+from ucdir_plugin.registry import build_arch
 from ucdir_plugin.utils.checkpoints import choose_state, fitting_state_dict, numbered, read_checkpoint
 from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.files import write_atomically
 
 HEADER = "ucdir_plugin"
 """Key of a model file's options in its safetensors header."""
@@ -99,8 +102,6 @@ def _write_safetensors(
 ) -> dict[str, Any]:
     from safetensors.torch import save
 
-    from ucdir_plugin.utils.files import write_atomically
-
     state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     write_atomically(save(state, metadata={HEADER: json.dumps(header)}), target)
     return {"tensors": len(state), "parameters": sum(v.numel() for v in state.values())}
@@ -124,8 +125,6 @@ def write_model(
     Raises:
         UserError: if the weights do not fit, or the file cannot be written.
     """
-    from ucdir_plugin.registry import build_arch
-
     state, _ = choose_state(read_checkpoint(source), source, "params_ema")
     with torch.device("meta"):
         net = build_arch(options["network_g"], "network_g")
@@ -166,8 +165,6 @@ def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]
     Raises:
         UserError: if it is missing, damaged, or holds no options.
     """
-    from ucdir_plugin.options.check import check_options
-
     state, content = read_checkpoint(path), _header(path)
     try:
         options, notes = content["options"], {str(k): str(v) for k, v in content["notes"].items()}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ucdir_plugin import zoo
 from ucdir_plugin.archs import ADMUNet, FFDNet
+from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.archs.sizing import check_network
 from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, ExpertsPrior, NetworkPrior, Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
@@ -171,8 +172,6 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
 
 
 def _sample_of(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    from ucdir_plugin.archs.padding import pad_to_multiple
-
     stride = 2 ** (len(net.config["block_out_channels"]) - 1)
 
     def call(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
 import torch
-from basicsr.utils import get_root_logger
 
 from ucdir_plugin.archs.akgm.tiled import memory_format
+from ucdir_plugin.compat import get_root_logger
 
 SOURCE = Path(__file__).with_name("akgm.cpp")
 FLAGS = {

@@ -20,10 +20,10 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from basicsr.utils import get_root_logger
 
 from ucdir_plugin.archs.akgm import compiled as akgm_compiled
 from ucdir_plugin.archs.akgm import tiled as akgm_tiled
+from ucdir_plugin.compat import get_root_logger
 
 # From this width on the matrix products are nearly all of the cost. To compute one again then costs more than to keep
 # all C * N channels, where these are few: training is 1.1 times (C = 256) to 1.5 times (C = 512) faster with the loop
