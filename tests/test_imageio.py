@@ -651,7 +651,7 @@ def test_other_kinds_are_refused_by_name(tmp_path):
 def test_many_strips_make_one_image(tmp_path):
     """More pixels than a strip has, and a remainder."""
     image = np.resize(noise(53, 61), (1031, 1033, 4))
-    assert len(list(image_reading._strips(1031, 1033))) == 2
+    assert len(list(image_reading.strips(1031, 1033))) == 2
     for pixels, transparency, is_gray in ((rgb(image), None, False), (rgb(wide(image)), alpha(wide(image)), False)):
         content = encoded(pixels if transparency is None else wide(image))
         photo = read(tmp_path, content)

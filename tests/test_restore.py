@@ -266,7 +266,7 @@ WANTS_MULTIPLES = {
 def test_archs_that_do_not_pad_themselves_take_any_size(name, tile):
     net = build_arch({"type": name, **WANTS_MULTIPLES[name]}).eval()
     options = SamplingOptions(tile=tile or None, overlap=4)
-    model = network_restorer.Restorer(net, None, options, torch.device("cpu"))
+    model = network_restorer.NetworkRestorer(net, None, options, torch.device("cpu"))
     image = np.random.default_rng(0).random((43, 37, 3))
     padded = np.pad(image, ((0, 5), (0, 3), (0, 0)), "reflect")  # to multiples of 4 and 8
     result = ucdir_plugin.restore(image, model).image
@@ -337,10 +337,12 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         assert model_files.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
     monkeypatch.setattr(network_restorer, "QUALITY_MARGIN", 4)
     model = ucdir_plugin.load_model("options.yml")
-    assert model.doubt(image_reading.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
-    assert model.doubt(image_reading.read_photo("mixed/c_35.jpg", 10**6)).endswith("lost (--model jpeg_any is for it)")
+    assert model.warning(image_reading.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
+    assert model.warning(image_reading.read_photo("mixed/c_35.jpg", 10**6)).endswith(
+        "lost (--model jpeg_any is for it)"
+    )
     Image.open("photos/coffee.png").save("mixed/b_4.jpg", quality=4)  # which no model is for
-    assert model.doubt(image_reading.read_photo("mixed/b_4.jpg", 10**6)).endswith(
+    assert model.warning(image_reading.read_photo("mixed/b_4.jpg", 10**6)).endswith(
         "restored all the same, blocks may be left"
     )
 

@@ -57,7 +57,7 @@ def _as(variant: str) -> Iterator[None]:
         else:
             stack.enter_context(mock.patch.object(ucdir_blocks, "adaptive_kernel_conv", REPLACED[variant]))
         if variant == "released formulation":
-            stack.enter_context(mock.patch.object(ucdir_arch, "_fast_layout", lambda x: x.contiguous()))
+            stack.enter_context(mock.patch.object(ucdir_arch, "fast_layout", lambda x: x.contiguous()))
             stack.enter_context(mock.patch.object(ucdir_blocks, "_activate", lambda x, _: F.silu(x)))
         yield
 

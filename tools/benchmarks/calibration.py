@@ -22,7 +22,7 @@ from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.options.check import load_options
 from ucdir_plugin.restoration import sampling
 from ucdir_plugin.restoration.load import load_model
-from ucdir_plugin.restoration.network import Restorer
+from ucdir_plugin.restoration.network import NetworkRestorer
 from ucdir_plugin.utils.errors import UserError
 
 NOISE = (0.1, 0.5, 1.0, 2.0, 5.0)
@@ -56,7 +56,7 @@ def informative(schedule: NoiseSchedule, scaled: float) -> float:
     return float(((ratio > 0.1) & (ratio < 10)).mean())
 
 
-def _what(dataset: str, samples: List[Dict[str, Any]], model: Restorer) -> str:
+def _what(dataset: str, samples: List[Dict[str, Any]], model: NetworkRestorer) -> str:
     return f"{dataset}, {len(samples)} images, weights {model.about['weights']}"
 
 
@@ -69,7 +69,7 @@ def _crops(image: torch.Tensor, size: Optional[int]) -> torch.Tensor:
 
 
 def _residuals(
-    model: Restorer, samples: List[Dict[str, Any]], size: Optional[int]
+    model: NetworkRestorer, samples: List[Dict[str, Any]], size: Optional[int]
 ) -> Iterator[Tuple[str, torch.Tensor, sampling.Conditioned]]:
     """Key, residual truth - prediction in [-1, 1] units, and the network at work on the images or on their crops."""
     for sample in samples:

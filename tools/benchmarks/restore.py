@@ -24,7 +24,7 @@ from ucdir_plugin.evaluation.measure import measure
 from ucdir_plugin.metrics.seams import seam_score
 from ucdir_plugin.options.check import load_options
 from ucdir_plugin.restoration.load import load_model
-from ucdir_plugin.restoration.network import Restorer
+from ucdir_plugin.restoration.network import NetworkRestorer
 from ucdir_plugin.restoration.sampling import grid_of
 from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.errors import UserError
@@ -42,7 +42,7 @@ def _image(height: int, width: int) -> torch.Tensor:
     return (wave * 0.4 + 0.5 + 0.03 * torch.randn(1, 3, height, width)).clamp_(0, 1)
 
 
-def told_of(model: Restorer, sample: Dict[str, Any]) -> Dict[str, Any]:
+def told_of(model: NetworkRestorer, sample: Dict[str, Any]) -> Dict[str, Any]:
     """What a sample says of the conditions that the network declares."""
     said = sample.get("condition", {})
     return {condition.name: said[condition.name] for condition in model.conditions if condition.name in said}
@@ -54,7 +54,7 @@ def _call(opt: str, weights: Optional[str], tile: int, overlap: int, height: int
     return _restoring(load_model(opt, weights, sampling=sampling), height, width)
 
 
-def _restoring(model: Restorer, height: int, width: int) -> Callable[[], Any]:
+def _restoring(model: NetworkRestorer, height: int, width: int) -> Callable[[], Any]:
     some = {c.name: c.classes[0] if c.classes else c.limits[0] for c in model.conditions}  # any will do
 
     def call() -> None:

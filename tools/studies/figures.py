@@ -7,7 +7,7 @@ from typing import Mapping, Sequence
 
 import numpy as np
 
-from ucdir_plugin.utils.plots import _label, _scale
+from ucdir_plugin.utils.plots import labelled, scaled
 
 TRENDS = ("sigma", "guidance scale", "mean of the mask", "mean of the kernel", "loss")
 """Rows of what the study keeps of a system, by step."""
@@ -33,8 +33,8 @@ def trends_figure(trends: Mapping[str, np.ndarray]) -> bytes:
                 progress = np.arange(1, len(values) + 1) / len(values)
                 (lines[label],) = axis.plot(progress, values, linewidth=1, color=f"C{list(trends).index(label)}")
         shown = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.zeros(1)])
-        _scale(axis, shown)
-        _label(axis, TRENDS[row], "share of the steps")
+        scaled(axis, shown)
+        labelled(axis, TRENDS[row], "share of the steps")
     named = [label for label in trends if label in lines]
     figure.legend([lines[label] for label in named], named, loc="outside lower center", ncols=5, fontsize=7)
     buffer = io.BytesIO()
@@ -59,7 +59,7 @@ def progress_figure(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]
         for name, points in found.items():
             x, y = zip(*sorted(points))
             (lines[name],) = axis.plot(x, y, marker=".", linewidth=1, color=f"C{systems.index(name)}")
-        _label(axis, metric.upper(), "iterations")
+        labelled(axis, metric.upper(), "iterations")
     figure.legend([lines[n] for n in systems], systems, loc="outside lower center", ncols=5, fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

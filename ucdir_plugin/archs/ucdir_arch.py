@@ -16,20 +16,20 @@ from torch.utils.checkpoint import checkpoint
 
 from ucdir_plugin.archs.padding import network_stride, pad_for, pad_to_multiple
 from ucdir_plugin.archs.ucdir_blocks import (
-    _HEAD,
     ACTIVATIONS,
+    HEAD_CHANNELS,
     Activation,
     ConditionEmbedding,
+    Downsample,
     Guidance,
     Integration,
+    Level,
     NoiseLevelEncoding,
     Norm,
     SelfAttention,
-    _check_name,
-    _Downsample,
-    _fast_layout,
-    _Level,
-    _Upsample,
+    Upsample,
+    check_name,
+    fast_layout,
     make_norm,
     resize,
 )
@@ -115,9 +115,9 @@ class UCDIRDenoiser(nn.Module):
         super().__init__()
         at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases, kernel_size=kernel_size)
         at_least_one(channel_mults=min(channel_mults, default=0))
-        _check_name("activation", activation, ACTIVATIONS)
-        _check_name("guidance", guidance, get_args(Guidance))
-        _check_name("integration", integration, get_args(Integration))
+        check_name("activation", activation, ACTIVATIONS)
+        check_name("guidance", guidance, get_args(Guidance))
+        check_name("integration", integration, get_args(Integration))
         if kernel_size % 2 == 0:
             raise UserError(f"kernel_size must be odd, got {kernel_size}")
         for mult in channel_mults:
@@ -151,28 +151,28 @@ class UCDIRDenoiser(nn.Module):
         for i, mult in enumerate(channel_mults):
             attention = image_size // 2**i in attn_res
             for _ in range(res_blocks):
-                downs.append(_Level(channels, inner_channel * mult, attention, **block))
+                downs.append(Level(channels, inner_channel * mult, attention, **block))
                 channels = inner_channel * mult
                 skips.append(channels)
             if i < last:
-                downs.append(_Downsample(channels))
+                downs.append(Downsample(channels))
                 skips.append(channels)
         self.downs = nn.ModuleList(downs)
         self.mid = nn.ModuleList(
-            [_Level(channels, channels, mid_attn, **block), _Level(channels, channels, False, **block)]
+            [Level(channels, channels, mid_attn, **block), Level(channels, channels, False, **block)]
         )
         ups: list[nn.Module] = []
         for i, mult in reversed(list(enumerate(channel_mults))):
             attention = image_size // 2**i in attn_res
             for _ in range(res_blocks + 1):
-                ups.append(_Level(channels + skips.pop(), inner_channel * mult, attention, **block))
+                ups.append(Level(channels + skips.pop(), inner_channel * mult, attention, **block))
                 channels = inner_channel * mult
             if i > 0:
-                ups.append(_Upsample(channels))
+                ups.append(Upsample(channels))
         self.ups = nn.ModuleList(ups)
         self.final_conv = nn.Sequential(
             make_norm(norm, channels),
-            _HEAD[activation](),
+            HEAD_CHANNELS[activation](),
             nn.Dropout(dropout),
             nn.Conv2d(channels, out_channel, 3, padding=1),
         )
@@ -219,12 +219,12 @@ class UCDIRDenoiser(nn.Module):
         height, width = guide.shape[-2:]
         features, pyramid, level = [], {0: guide}, 0
         for layer in self._layers():
-            if isinstance(layer, _Level):
+            if isinstance(layer, Level):
                 if level not in pyramid:
                     pyramid[level] = resize(guide, (height >> level, width >> level))
                 features.append(layer.res_block.guide_features(pyramid[level]))
             else:
-                level += isinstance(layer, _Downsample) - isinstance(layer, _Upsample)
+                level += isinstance(layer, Downsample) - isinstance(layer, Upsample)
         return features
 
     def forward(
@@ -241,7 +241,7 @@ class UCDIRDenoiser(nn.Module):
         features = iter(self.guide_features(guide) if isinstance(guide, torch.Tensor) else guide)
         height, width = x.shape[-2:]
         image = x
-        x = _fast_layout(self._pad(x))
+        x = fast_layout(self._pad(x))
         emb = self.noise_level_mlp(noise_level)
         if condition is not None:
             emb = emb + self.condition_embedding(condition)
@@ -252,7 +252,7 @@ class UCDIRDenoiser(nn.Module):
         for layer in self.mid:
             x = self._run(layer, x, emb, features)
         for layer in self.ups:
-            if isinstance(layer, _Level):
+            if isinstance(layer, Level):
                 x = torch.cat((x, skips.pop()), 1)
             x = self._run(layer, x, emb, features)
         x = self.final_conv(x)[..., :height, :width]
@@ -261,7 +261,7 @@ class UCDIRDenoiser(nn.Module):
     def _run(
         self, layer: nn.Module, x: torch.Tensor, emb: torch.Tensor, features: Iterator[torch.Tensor]
     ) -> torch.Tensor:
-        if not isinstance(layer, _Level):
+        if not isinstance(layer, Level):
             return layer(x)
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(layer, x, emb, next(features, None), use_reentrant=False)

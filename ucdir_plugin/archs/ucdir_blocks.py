@@ -94,10 +94,10 @@ NORMS: Dict[str, Callable[[int], nn.Module]] = {
 }
 
 ACTIVATIONS: Dict[str, Callable[..., torch.Tensor]] = {"swish": F.silu, "relu": F.relu}
-_HEAD = {"swish": nn.SiLU, "relu": nn.ReLU}
+HEAD_CHANNELS = {"swish": nn.SiLU, "relu": nn.ReLU}
 
 
-def _check_name(what: str, name: str, known: Iterable[str]) -> None:
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise UserError(f"there is no {what} {name!r}; {did_you_mean(name, known)}")
 
@@ -108,7 +108,7 @@ def make_norm(name: Norm, channels: int) -> nn.Module:
     Raises:
         UserError: for an unknown name.
     """
-    _check_name("norm", name, NORMS)
+    check_name("norm", name, NORMS)
     return NORMS[name](channels)
 
 
@@ -198,7 +198,7 @@ def _activate(x: torch.Tensor, name: Activation) -> torch.Tensor:
     return ACTIVATIONS[name](x, inplace=not torch.is_grad_enabled())
 
 
-def _fast_layout(x: torch.Tensor) -> torch.Tensor:
+def fast_layout(x: torch.Tensor) -> torch.Tensor:
     """Channels-last on the CPU, where convolutions are then up to twice as fast; all layers keep it."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
@@ -227,7 +227,7 @@ class SelfAttention(nn.Module):
         return self.out(y.transpose(-1, -2).reshape(b, c, h, w)).add_(x)
 
 
-class _Level(nn.Module):
+class Level(nn.Module):
     """An AKG block with attention behind it where the level has it."""
 
     def __init__(self, channels: int, out_channels: int, attention: bool, norm: Norm, **block):
@@ -239,7 +239,7 @@ class _Level(nn.Module):
         return self.attn(self.res_block(x, emb, features))
 
 
-class _Downsample(nn.Module):
+class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -248,7 +248,7 @@ class _Downsample(nn.Module):
         return self.conv(x)
 
 
-class _Upsample(nn.Module):
+class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)

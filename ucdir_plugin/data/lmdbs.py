@@ -41,7 +41,7 @@ def read_lmdb_names(root: str) -> dict[str, tuple[int, int] | None]:
     return names
 
 
-def _lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int]]:
+def lmdb_sizes(root: str, names: dict[str, tuple[int, int] | None]) -> dict[str, tuple[int, int]]:
     """(height, width) of the PNGs among the images that an LMDB's meta_info.txt names, or of some of very many.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ucdir_plugin.compat import FileClient, augment, paired_random_crop
-from ucdir_plugin.data.lmdbs import _lmdb_sizes, read_lmdb_names
+from ucdir_plugin.data.lmdbs import lmdb_sizes, read_lmdb_names
 from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError, did_you_mean
@@ -129,7 +129,7 @@ class PairedRestorationDataset(Dataset):
             lonely = sorted(names[root].keys() - names[other].keys())
             if lonely:
                 raise UserError(f"LMDB {root}: {lonely[0]} has no partner in {other}")
-        sizes = {root: _lmdb_sizes(root, names[root]) for root in (lq, gt)}
+        sizes = {root: lmdb_sizes(root, names[root]) for root in (lq, gt)}
         for name in sorted(sizes[lq].keys() & sizes[gt].keys()):
             self._check_sizes(*((sizes[root][name], os.path.join(root, name)) for root in (lq, gt)))
         return [(f"{name}.png", name, name) for name in sorted(names[gt])]

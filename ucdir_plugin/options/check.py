@@ -31,7 +31,7 @@ from ucdir_plugin.options.schema import (
     PriorScheduleOptions,
     SamplingOptions,
     ScheduleOptions,
-    _check_sampling,
+    check_sampling,
     explain,
     missing,
     to_json,
@@ -318,7 +318,7 @@ def check_options(raw: Any, is_train: bool, where: str = "options") -> dict:
         if not prior:
             del opt["val"]["samples"]
         training = (PriorScheduleOptions if prior else ScheduleOptions)(**opt["diffusion"]).schedule()
-        _check_sampling(SamplingOptions(**opt["val"]["sampling"]), training)
+        check_sampling(SamplingOptions(**opt["val"]["sampling"]), training)
         if blind:
             del opt["diffusion"], opt["val"]["sampling"], opt["compile"]
         elif not own_model:

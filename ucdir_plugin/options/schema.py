@@ -106,7 +106,7 @@ class SamplingOptions(_Schema):
     cache_mb: NotNegativeInt = 1024
 
 
-def _check_sampling(options: SamplingOptions, training: NoiseSchedule, where: str = "val:sampling:") -> None:
+def check_sampling(options: SamplingOptions, training: NoiseSchedule, where: str = "val:sampling:") -> None:
     """What the keys of SamplingOptions say together."""
 
     def fault(key: str, message: str) -> None:
@@ -154,7 +154,7 @@ def sampling_options(values: Mapping[str, Any], training: NoiseSchedule) -> Samp
             key = error["loc"][-1]
             raise UserError(f"unknown option {key}; {did_you_mean(key, SamplingOptions.model_fields)}") from err
         raise UserError(explain(error)) from err
-    _check_sampling(checked, training, "")
+    check_sampling(checked, training, "")
     return checked
 
 

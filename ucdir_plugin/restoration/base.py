@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Union
+import abc
+from typing import Any, Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
+from ucdir_plugin.diffusion.conditions import Condition
+from ucdir_plugin.restoration.learned import Learned
 from ucdir_plugin.utils.errors import UserError, at_least_one
-
-if TYPE_CHECKING:
-    from ucdir_plugin.restoration.bird import BlindRestorer
-    from ucdir_plugin.restoration.learned import Learned
-    from ucdir_plugin.restoration.network import Restorer
-
+from ucdir_plugin.utils.image_reading import Photo
 
 Progress = Callable[[int], None]
 """Called after each pass of the denoiser with the pixels that it computed."""
@@ -35,9 +33,10 @@ class Plan(NamedTuple):
 
 
 def check_samples(samples: int) -> None:
-    """
+    """Refuse numbers of samples that no file can be made of.
+
     Raises:
-        UserError: for less than one sample of an image, or more than files are made of.
+        UserError: for less than one sample of an image, or more than 10000.
     """
     at_least_one(samples=samples)
     if samples > 10_000:
@@ -58,4 +57,107 @@ class Drawn(NamedTuple):
     learned: Callable[[], Optional[Learned]] = lambda: None
 
 
-Model = Union["Restorer", "BlindRestorer"]
+class Restorer(abc.ABC):
+    """What restores images: a trained network, or BIR-D with its prior.
+
+    Attributes:
+        device: that it computes on.
+        scale: output size / input size.
+        steps: of sampling.
+        seed: where none is given.
+        about: name, weights and their SHA-256, for the record.
+        notes: what its user should be told, such as a licence.
+        conditions: auxiliary scalar conditions that it takes (name -> value in :meth:`run`).
+        diffusion: whether it samples; else it restores in one pass.
+        extra_suffixes: ends of the names of further files that an image gives.
+        input_files: files besides the images that results must not be written over.
+    """
+
+    device: torch.device
+    scale: int
+    steps: int
+    seed: int
+    about: Dict[str, Any]
+    notes: Mapping[str, str]
+    conditions: Tuple[Condition, ...] = ()
+    diffusion: bool = True
+    extra_suffixes: Sequence[str] = ()
+    input_files: Sequence[str] = ()
+
+    @abc.abstractmethod
+    def run(
+        self,
+        lq: torch.Tensor,
+        key: str,
+        *,
+        seed: Optional[int] = None,
+        samples: int = 1,
+        blend: float = 1.0,
+        condition: Optional[Mapping[str, Any]] = None,
+        empty: Callable[..., torch.Tensor] = torch.empty,
+        progress: Optional[Progress] = None,
+        callback: Optional[Callable[..., None]] = None,
+    ) -> Drawn:
+        """Restore one image.
+
+        Args:
+            lq: (1, 3, H, W) RGB in [0, 1]; it is used up (overwritten).
+            key: names the image to the noise; with one key and seed the result is the same in every run.
+            seed: default: the restorer's.
+            samples: how many to draw.
+            blend: lambda of initial + lambda * residual (paper, figure 1): 0 the initial prediction, 1 the sample.
+            condition: name -> value of :attr:`conditions`.
+            empty: allocates tensors of the images' size, called as torch.empty.
+            progress: see :data:`Progress`.
+            callback: called after each step with its number, x_t and x_0, as by the samplers.
+
+        Returns:
+            prediction and samples, each computed when asked for.
+
+        Raises:
+            UserError: for arguments that :meth:`check` refuses.
+        """
+
+    @abc.abstractmethod
+    def plan(self, height: int, width: int) -> Plan:
+        """What restoring an image of this size once will cost."""
+
+    @abc.abstractmethod
+    def check(self, samples: int, blend: float, condition: Optional[Mapping[str, Any]] = None) -> None:
+        """Look at the arguments of :meth:`run` before any image is read.
+
+        Raises:
+            UserError: for what has no meaning here, or is out of range. A condition that a file may tell is not
+                missing yet.
+        """
+
+    @abc.abstractmethod
+    def state_bytes(self, height: int, width: int, samples: int = 1) -> int:
+        """Memory for what is as large as the image: what grows with it where patches are of one size."""
+
+    @abc.abstractmethod
+    def record_settings(
+        self,
+        seed: Optional[int] = None,
+        samples: int = 1,
+        blend: float = 1.0,
+        condition: Optional[Mapping[str, Any]] = None,
+    ) -> Dict[str, Any]:
+        """All that decides what comes out, besides the image and its key."""
+
+    def condition_values(self, photo: Photo, condition: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+        """Values of the conditions for a photo: what the user gives, and what the file shows.
+
+        Args:
+            photo: as it was read.
+            condition: name -> value, as for :meth:`run`.
+        """
+        return dict(condition or {})
+
+    def output_photo(self, photo: Photo) -> Photo:
+        """The photo whose kind (gray, alpha, profile) the result has: the input's."""
+        return photo
+
+    def warning(self, photo: Photo) -> Optional[str]:
+        """Why a photo is not of the kind that the network was trained on; None if it is, as far as known."""
+        return None

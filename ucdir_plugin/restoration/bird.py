@@ -24,7 +24,7 @@ from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.options.schema import BirdOptions
 from ucdir_plugin.restoration import base, deepinv_methods, deepinv_solver
 from ucdir_plugin.restoration.base import Drawn, check_samples
-from ucdir_plugin.restoration.companions import _fingerprint, read_mask
+from ucdir_plugin.restoration.companions import fingerprint, read_mask
 from ucdir_plugin.restoration.learned import LEARNED_ARRAYS, LEARNED_FIGURE, Learned, degraded_name, learned_of
 from ucdir_plugin.utils import image_reading
 from ucdir_plugin.utils.errors import ImageError, UserError, did_you_mean
@@ -42,7 +42,7 @@ TENSORS = 14
 
 
 @dataclass
-class BlindRestorer:
+class BlindRestorer(base.Restorer):
     """A prior, and the task that it is to solve; made by :func:`from_options`.
 
     Attributes:
@@ -56,7 +56,7 @@ class BlindRestorer:
         blur: a kernel that is known, (1, C, 1, k, k).
         seed: where none is given.
         about: name, prior and its SHA-256, for the record.
-        notes: what a user should be told.
+        notes: what its user should be told.
     """
 
     prior: Prior
@@ -70,9 +70,6 @@ class BlindRestorer:
     seed: int = 0
     about: Dict[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
-
-    conditions = ()
-    diffusion = True
 
     def __post_init__(self) -> None:
         self._folders: Dict[str, Dict[str, str]] = {}  # images by stem, listed once
@@ -101,13 +98,13 @@ class BlindRestorer:
         return (self.tile or TILE) // 8 if reach is None else reach
 
     @property
-    def beside(self) -> List[str]:
+    def extra_suffixes(self) -> List[str]:
         """Ends of the names of further files that an image gives (:meth:`Learned.files`)."""
         count = 1 + len(self.options.observations or ())
         return [LEARNED_ARRAYS, LEARNED_FIGURE, *(degraded_name(number, count) for number in range(1, count + 1))]
 
     @property
-    def reads(self) -> List[str]:
+    def input_files(self) -> List[str]:
         """Files and folders besides the images that results must not be written over."""
         options, stage = self.options, self.options.first_stage
         found = [*(options.observations or ()), options.mask, (options.blur or {}).get("file")]
@@ -145,22 +142,14 @@ class BlindRestorer:
         if condition:
             raise UserError(f"condition {next(iter(condition))}: BIR-D is told nothing but the task; leave it out")
 
-    def told(self, photo: image_reading.Photo, condition: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-        """What is told of a photo: what the user says, which :meth:`check` refuses."""
-        return dict(condition or {})
-
     def state_bytes(self, height: int, width: int, samples: int = 1) -> int:
         """Memory for what is as large as the image."""
         count = TENSORS + 2 * (self.task.mask or samples > 1)
         return count * 3 * 4 * height * width * self.scale**2
 
-    def like(self, photo: image_reading.Photo) -> image_reading.Photo:
+    def output_photo(self, photo: image_reading.Photo) -> image_reading.Photo:
         """The kind of photo that the result is."""
         return dataclasses.replace(photo, gray=False, icc_profile=None) if self.task.gray and photo.gray else photo
-
-    def doubt(self, photo: image_reading.Photo) -> Optional[str]:
-        """Why a photo is not of the kind that was trained on: nothing was trained."""
-        return None
 
     def record_settings(
         self,
@@ -174,7 +163,7 @@ class BlindRestorer:
         for name in ("data", "kernel") if self.method is None else ():
             used[name]["type"] = type(getattr(self.settings, name)).__name__
         options = self.options.model_dump(exclude={"settings", "preset"}, exclude_none=True)
-        files = {path: _fingerprint(path) for path in self.reads}
+        files = {path: fingerprint(path) for path in self.input_files}
         return {
             **self.about,
             **options,
@@ -340,12 +329,12 @@ class BlindRestorer:
         empty: Callable[..., torch.Tensor] = torch.empty,
         progress: Optional[base.Progress] = None,
         callback: Optional[Callable[..., None]] = None,
-    ) -> Any:
+    ) -> base.Drawn:
         """Restore one image; arguments and result as of :meth:`ucdir_plugin.restoration.network.Restorer.run`."""
         self.check(samples, blend, condition)
         more, known = self.companions(key, tuple(lq.shape[-2:]))
         first = self.first_stage(key, lq, seed)
-        told = None if callback is None else lambda done: callback(done.number, None, done.x0)
+        each_step = None if callback is None else lambda done: callback(done.number, None, done.x0)
         latest: List[Learned] = []
 
         def draw() -> typing.Iterator[torch.Tensor]:
@@ -359,7 +348,7 @@ class BlindRestorer:
                     sample=number,
                     empty=empty,
                     progress=progress,
-                    callback=told,
+                    callback=each_step,
                 )
                 if result.failed[0] is not None:
                     raise ImageError(result.failed[0])

@@ -128,7 +128,7 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> Dict[str, Any]
     return result
 
 
-def _method(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> deepinv_methods.Method:
+def other_solver(options: BirdOptions, task: Task, blur: Optional[torch.Tensor]) -> deepinv_methods.Method:
     """Another solver, for a known operator.
 
     Raises:

@@ -38,7 +38,7 @@ def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.T
     return known
 
 
-def _fingerprint(path: str) -> str:
+def fingerprint(path: str) -> str:
     """Whether a file, or what lies in a folder, is still the same."""
     if os.path.isfile(path):
         return files.sha256_of(path)

@@ -16,30 +16,30 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from ucdir_plugin.restoration.base import Model
+from ucdir_plugin.restoration.base import Restorer
 from ucdir_plugin.restoration.jobs import (
     Job,
-    _check_names,
-    _check_writable,
-    _clashes,
-    _is_finished,
-    _keep_foreign,
-    _paths,
-    _Results,
+    ResultFiles,
+    check_names,
+    check_writable,
+    find_clashes,
     find_jobs,
+    is_finished,
+    keep_foreign,
     read_record,
     read_sizes,
+    result_paths,
 )
-from ucdir_plugin.restoration.restore import Moments, cost
+from ucdir_plugin.restoration.learned import Learned
+from ucdir_plugin.restoration.restore import restore_photo
 from ucdir_plugin.utils import image_reading, image_writing, memory, ranks
 from ucdir_plugin.utils.errors import UserError, WriteError, named, printable
 from ucdir_plugin.utils.files import is_gone, remove_leftovers_of
+from ucdir_plugin.utils.image_reading import Photo
 from ucdir_plugin.utils.ranks import Share
-from ucdir_plugin.utils.versions import versions
 
 GO_ON = "what is finished is kept: run the same command again to go on"
 
@@ -93,7 +93,7 @@ class _Bar:
 
 
 def restore_files(
-    model: Model,
+    model: Restorer,
     source: str,
     target: str,
     *,
@@ -131,32 +131,34 @@ def restore_files(
     sizes, failed = read_sizes(share.of(jobs))
     if not sizes and share.world == 1:
         _give_up(source, failed)
-    _check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
+    check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)
     if scratch is not None and model.device.type != "cpu":
         raise UserError(f"scratch is for the CPU: on {model.device} the state of sampling lies in its own memory")
     empty = torch.empty if scratch is None else memory.file_backed(scratch)
     settings = model.record_settings(seed, samples, blend, condition)
     records = {job: read_record(job.stem) for job in sizes}
-    clashes = _clashes(jobs, extension, samples, model)
-    skipped = {job for job in sizes if not overwrite and _is_finished(job, records[job])}
+    clashes = find_clashes(jobs, extension, samples, model)
+    skipped = {job for job in sizes if not overwrite and is_finished(job, records[job])}
     otherwise = sum(records[job]["settings"] != settings for job in skipped)
     todo = [job for job in sizes if job not in skipped]
     counted = [sizes[job] for job in todo if sizes[job][0] * sizes[job][1] <= max_pixels]
     bar = _Bar(sum(model.plan(*size).pixels for size in counted) * samples * bool(blend), share)
-    remove_leftovers_of([name for job in sizes for name in _paths(job.stem, extension, samples, model.beside)])
+    remove_leftovers_of(
+        [name for job in sizes for name in result_paths(job.stem, extension, samples, model.extra_suffixes)]
+    )
     writer = _Writer()
-    every: List[_Results] = []
+    every: List[ResultFiles] = []
     try:
         for number, job in enumerate(todo, 1):
             bar.image(number, len(todo), job.key)
-            results = _Results(job, extension)
+            results = ResultFiles(job, extension)
             every.append(results)
             try:
                 if job in clashes:
                     raise UserError(clashes[job])
-                _check_names(job, extension, samples, model.beside)
+                check_names(job, extension, samples, model.extra_suffixes)
                 if not overwrite:
-                    _keep_foreign(results, records[job], samples, model.beside)
+                    keep_foreign(results, records[job], samples, model.extra_suffixes)
                 if empty is torch.empty and model.device.type == "cpu":
                     _check_memory(model, sizes[job], samples)
                 record = _restore_one(
@@ -202,7 +204,7 @@ def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Map
     missing = []
     for job in jobs:
         record = read_record(job.stem)
-        if not _is_finished(job, record) or (overwrite and record["settings"] != settings):
+        if not is_finished(job, record) or (overwrite and record["settings"] != settings):
             missing.append(job.key)
     if not missing:
         return f"all {len(jobs)} images of {share.world} ranks are finished"
@@ -216,9 +218,9 @@ def _all_ranks(share: Share, jobs: Sequence[Job], overwrite: bool, settings: Map
 
 
 def _restore_one(
-    model: Model,
+    model: Restorer,
     job: Job,
-    results: _Results,
+    results: ResultFiles,
     writer: _Writer,
     bar: _Bar,
     seed: Optional[int],
@@ -229,63 +231,46 @@ def _restore_one(
     empty: Callable[..., torch.Tensor],
 ) -> Dict[str, Any]:
     """Compute, and hand over for writing; returns the record."""
-    started = time.perf_counter()
-    memory.reset_peak(model.device)
-    photo = image_reading.read_photo(job.path, max_pixels)
-    image_writing.check_output(results.extension, photo, model.scale)
-    doubt = model.doubt(photo)
-    if doubt:
-        bar.say(f"{job.key}: {doubt}")
-    told = model.told(photo, condition)
-    photo = model.like(photo)
-    height, width = photo.pixels.shape[:2]
-    lq = image_reading.to_tensor(photo, empty)
-    # Of the pixels only shape and type are still needed.
-    photo = dataclasses.replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1].copy(), (height, width, 3)))
-    drawn = model.run(
-        lq,
+
+    def ready(photo: Photo, warning: Optional[str]) -> None:
+        image_writing.check_output(results.extension, photo, model.scale)
+        if warning:
+            bar.say(f"{job.key}: {warning}")
+
+    def keep(photo: Photo, number: int, sample: torch.Tensor, learned: Optional[Learned]) -> None:
+        suffix = f"_sample{number}" if samples > 1 else ""
+        writer.submit(results.write, sample, photo, suffix)
+        for more, content in learned.files().items() if learned is not None else ():
+            writer.submit(results.keep, content, f"{suffix}{more}")
+
+    done = restore_photo(
+        model,
+        lambda: image_reading.read_photo(job.path, max_pixels),
         job.key,
+        keep,
         seed=seed,
         samples=samples,
         blend=blend,
-        condition=told,
+        condition=condition,
+        ready=ready,
         empty=empty,
         progress=bar.bar.update,
         callback=lambda step, x_t, x0: bar.step(step, model.steps),
     )
-    record: Dict[str, Any] = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    if told:
-        record["condition"] = told
-    if doubt:
-        record["note"] = doubt
-    moments = Moments()
-    for number, result in enumerate(drawn.samples, 1):
-        if samples > 1:
-            moments.add(result)
-        suffix = f"_sample{number}" if samples > 1 else ""
-        writer.submit(results.write, result, photo, suffix)
-        learned = drawn.learned()
-        if learned is not None:
-            for more, content in learned.files().items():
-                writer.submit(results.keep, content, f"{suffix}{more}")
-    if samples > 1:
-        writer.submit(results.write, moments.mean, photo, "_mean")
-        spread = moments.spread
+    height, width = done.photo.pixels.shape[:2]
+    record = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), **done.record}
+    record["seconds"] = round(record["seconds"], 3)
+    if done.moments is not None:
+        writer.submit(results.write, done.moments.mean, done.photo, "_mean")
+        spread = done.moments.spread
         white = float(spread.max())
-        gray = dataclasses.replace(photo, gray=True, alpha=None, icc_profile=None)
+        gray = dataclasses.replace(done.photo, gray=True, alpha=None, icc_profile=None)
         writer.submit(results.write, (spread / (white or 1)).expand(-1, 3, -1, -1), gray, "_spread")
         record.update(spread_white=white, spread_mean=float(spread.mean()))
-    record.update(
-        cost(model, height, width, samples, blend),
-        seconds=round(time.perf_counter() - started, 3),
-        peak_memory=memory.peak(model.device),
-        device=str(model.device),
-        versions=versions(),
-    )
     return record
 
 
-def _check_memory(model: Model, size: Tuple[int, int], samples: int) -> None:
+def _check_memory(model: Restorer, size: Tuple[int, int], samples: int) -> None:
     need, free = model.state_bytes(*size, samples), memory.available()
     if free is not None and need > free:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 
-from ucdir_plugin.restoration.base import Model
+from ucdir_plugin.restoration.base import Restorer
 from ucdir_plugin.utils import image_reading, image_writing
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.files import hidden_name, rename, write_atomically, write_text, writing
@@ -99,7 +99,7 @@ def main_output(record: Dict[str, Any]) -> str:
     return next((name for name in record["outputs"] if "_mean." in name), record["outputs"][0])
 
 
-def _is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
+def is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
     folder = os.path.dirname(job.stem)
     return (
         record is not None
@@ -108,7 +108,7 @@ def _is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
     )
 
 
-class _Results:
+class ResultFiles:
     """The files of one image: written under hidden names, then renamed together, the record first."""
 
     def __init__(self, job: Job, extension: str):
@@ -159,14 +159,14 @@ class _Results:
                 os.remove(path)
 
 
-def _keep_foreign(
-    results: _Results, record: Optional[Dict[str, Any]], samples: int, beside: Sequence[str] = ()
+def keep_foreign(
+    results: ResultFiles, record: Optional[Dict[str, Any]], samples: int, extra_suffixes: Sequence[str] = ()
 ) -> None:
     """
     Raises:
         UserError: if a file that no record claims is where a result would go.
     """
-    own, more = _names(results.name, results.extension, samples, beside)
+    own, more = _result_names(results.name, results.extension, samples, extra_suffixes)
     ours = [*record["outputs"], f"{results.name}.json"] if record else []
     for name in own + more:
         if name not in ours and os.path.exists(os.path.join(results.folder, name)):
@@ -176,36 +176,38 @@ def _keep_foreign(
             )
 
 
-def _names(stem: str, extension: str, samples: int, beside: Sequence[str]) -> Tuple[List[str], List[str]]:
+def _result_names(
+    stem: str, extension: str, samples: int, extra_suffixes: Sequence[str]
+) -> Tuple[List[str], List[str]]:
     """Of the files that an image gives: its results and record, and what lies beside them."""
     numbered = [f"_sample{i + 1}" for i in range(samples)] if samples > 1 else [""]
     suffixes = [*numbered, *(("_mean", "_spread") if samples > 1 else ())]
     results = [f"{stem}{suffix}{extension}" for suffix in suffixes]
-    return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in beside]
+    return [*results, f"{stem}.json"], [f"{stem}{number}{more}" for number in numbered for more in extra_suffixes]
 
 
-def _check_names(job: Job, extension: str, samples: int, beside: Sequence[str]) -> None:
+def check_names(job: Job, extension: str, samples: int, extra_suffixes: Sequence[str]) -> None:
     """
     Raises:
         UserError: if a result would have a name that is longer than file systems allow.
     """
-    for path in _paths(job.stem, extension, samples, beside):
+    for path in result_paths(job.stem, extension, samples, extra_suffixes):
         length = len(os.fsencode(os.path.basename(path)))
         if length > 255:
             raise UserError(f"{job.key}: its result's name would have {length} bytes, 255 are possible: rename it")
 
 
-def _paths(stem: str, extension: str, samples: int, beside: Sequence[str]) -> List[str]:
-    own, more = _names(stem, extension, samples, beside)
+def result_paths(stem: str, extension: str, samples: int, extra_suffixes: Sequence[str]) -> List[str]:
+    own, more = _result_names(stem, extension, samples, extra_suffixes)
     return own + more
 
 
-def _clashes(jobs: List[Job], extension: str, samples: int, model: Model) -> Dict[Job, str]:
+def find_clashes(jobs: List[Job], extension: str, samples: int, model: Restorer) -> Dict[Job, str]:
     """Images of which a file would be written over an input or another image's result: why they are not restored."""
     inputs = [(job.path, f"the input {job.key}") for job in jobs]
-    inputs += [(path, f"{path}, which is read") for path in model.reads if os.path.isfile(path)]
+    inputs += [(path, f"{path}, which is read") for path in model.input_files if os.path.isfile(path)]
     owners = {os.path.realpath(path): whose for path, whose in inputs}
-    names = {job: _names(job.stem, extension, samples, model.beside) for job in jobs}
+    names = {job: _result_names(job.stem, extension, samples, model.extra_suffixes) for job in jobs}
     found: Dict[Job, str] = {}
     for part in (0, 1):  # results come first: what lies beside gives way
         for job in jobs:
@@ -216,7 +218,7 @@ def _clashes(jobs: List[Job], extension: str, samples: int, model: Model) -> Dic
     return found
 
 
-def _check_writable(folder: str) -> None:
+def check_writable(folder: str) -> None:
     """
     Raises:
         UserError: if results cannot be written there, before hours of work.

@@ -11,7 +11,7 @@ import torch
 
 from ucdir_plugin.diffusion.bird import records
 from ucdir_plugin.utils import image_reading, image_writing
-from ucdir_plugin.utils.plots import _label, _scale
+from ucdir_plugin.utils.plots import labelled, scaled
 
 LEARNED_ARRAYS, LEARNED_FIGURE = ".learned.npz", ".learned.png"
 """Ends of names, behind a dot: photographs are called a_learned more often."""
@@ -173,5 +173,5 @@ def _curves(figure: Any, learned: Learned) -> None:
     shown.append(("sigma", learned.sigma[:, None]))
     for axis, (name, values) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         axis.plot(steps, values, linewidth=1, marker="." if len(steps) < 40 else None)
-        _scale(axis, values)
-        _label(axis, name, "step")
+        scaled(axis, values)
+        labelled(axis, name, "step")

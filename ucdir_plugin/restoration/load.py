@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 
@@ -28,16 +28,14 @@ from ucdir_plugin.options.schema import (
 )
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.restoration import bird_options
+from ucdir_plugin.restoration.base import Restorer
 from ucdir_plugin.restoration.bird import COLOUR_SIGMA, COLOUR_STEPS, BlindRestorer
-from ucdir_plugin.restoration.bird_options import _method, changed, known_kernel
-from ucdir_plugin.restoration.network import _ONE_PASS, Restorer
+from ucdir_plugin.restoration.bird_options import changed, known_kernel, other_solver
+from ucdir_plugin.restoration.network import ONE_PASS, NetworkRestorer
 from ucdir_plugin.utils import checkpoints, files
 from ucdir_plugin.utils.devices import choose_device
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 from ucdir_plugin.zoo import model_files, priors
-
-if TYPE_CHECKING:
-    from ucdir_plugin.restoration.bird import BlindRestorer
 
 
 def _load_first(stage: FirstStageOptions, device: torch.device) -> Any:
@@ -76,7 +74,7 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
         settings = ablation(settings, options.ablation)
     method = None
     if options.solver != "bird":
-        method = _method(options, task, blur)
+        method = other_solver(options, task, blur)
     else:
         solver.reverse_schedule(prior, settings)
     stage = options.first_stage
@@ -103,7 +101,7 @@ def load_model(
     dtype: Optional[str] = None,
     sampling: Optional[Mapping[str, Any]] = None,
     bird: Optional[Mapping[str, Any]] = None,
-) -> Union[Restorer, BlindRestorer]:
+) -> Restorer:
     """Build a network and load its weights; or load the prior of BIR-D.
 
     Args:
@@ -173,7 +171,7 @@ def load_model(
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
-    return Restorer(
+    return NetworkRestorer(
         net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes, quality
     )
 
@@ -218,7 +216,7 @@ def _sampling(
         given["amp"] = None if dtype == "fp32" else dtype
     if not diffusion:
         for key in given:
-            if key not in _ONE_PASS and key in SamplingOptions.model_fields:
+            if key not in ONE_PASS and key in SamplingOptions.model_fields:
                 raise UserError(f"{key} has no meaning for {name}, which restores in one pass")
     base = dict(opt["val"].get("sampling", {}))
     if base.get("tile") is None:

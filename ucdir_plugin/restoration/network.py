@@ -8,7 +8,7 @@ result.image, result.initial, result.info
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
@@ -29,12 +29,12 @@ from ucdir_plugin.utils.errors import UserError
 QUALITY_MARGIN = 5
 """So far a JPEG may be from those of the training without a word."""
 
-_ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
+ONE_PASS = ("tile", "overlap", "tile_batch", "merge", "amp")
 """The sampling options that mean something for a network without diffusion."""
 
 
 @dataclass
-class Restorer:
+class NetworkRestorer(base.Restorer):
     """A network with its weights, and how it is used; made by :func:`load_model`.
 
     Attributes:
@@ -89,8 +89,10 @@ class Restorer:
         """Auxiliary scalar conditions that the network declares."""
         return self.net.conditions if self.diffusion else ()
 
-    def told(self, photo: image_reading.Photo, condition: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-        """What the network is told of a photo: what the user says, and else the quality that a JPEG file shows.
+    def condition_values(
+        self, photo: image_reading.Photo, condition: Optional[Mapping[str, Any]] = None
+    ) -> Dict[str, Any]:
+        """Values of the conditions for a photo: what the user gives, and else the quality that a JPEG file shows.
 
         The latter only of a network that was trained on JPEGs, of which the condition ``quality`` is therefore that;
         a quality beyond the condition's range is its end.
@@ -160,10 +162,10 @@ class Restorer:
         lq = lq.to(self.device)
         if not self.diffusion:
             return Drawn(lambda: None, (self._one_pass(lq, empty, progress).clamp_(0, 1) for _ in range(1)))
-        told = encode(self.conditions, {name: [value] for name, value in (condition or {}).items()}, 1)
-        told = None if told is None else told.to(self.device)
+        values = encode(self.conditions, {name: [value] for name, value in (condition or {}).items()}, 1)
+        values = None if values is None else values.to(self.device)
         images = sampling.Conditioned(
-            self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress, told
+            self.net, lq.mul_(2).sub_(1), self.schedule, self.options, self._autocast, empty, progress, values
         )
         seed = self.seed if seed is None else seed
 
@@ -211,21 +213,7 @@ class Restorer:
         """Of sampling."""
         return self.options.steps
 
-    @property
-    def beside(self) -> List[str]:
-        """Ends of the names of further files that an image gives."""
-        return []
-
-    @property
-    def reads(self) -> List[str]:
-        """Files besides the images that results must not be written over."""
-        return []
-
-    def like(self, photo: image_reading.Photo) -> image_reading.Photo:
-        """The kind of photo that the result is: this one's."""
-        return photo
-
-    def doubt(self, photo: image_reading.Photo) -> Optional[str]:
+    def warning(self, photo: image_reading.Photo) -> Optional[str]:
         """Why a photo is not of the kind that the network was trained on; None if it is, as far as known."""
         if self.jpeg_quality is None:
             return None
@@ -252,7 +240,7 @@ class Restorer:
         """All that decides what comes out, beside the image and its key."""
         used = self.options.model_dump()
         if not self.diffusion:
-            return {**self.about, **{name: used[name] for name in _ONE_PASS}}
+            return {**self.about, **{name: used[name] for name in ONE_PASS}}
         seed = self.seed if seed is None else seed
-        told = {"condition": dict(condition or {})} if self.conditions else {}
-        return {**self.about, **used, "seed": seed, "samples": samples, "blend": blend, **told}
+        given = {"condition": dict(condition or {})} if self.conditions else {}
+        return {**self.about, **used, "seed": seed, "samples": samples, "blend": blend, **given}

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Union
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Union
 
 import cv2
 import numpy as np
 import torch
 
-from ucdir_plugin.restoration.network import Restorer
+from ucdir_plugin.restoration.base import Drawn, Progress, Restorer
+from ucdir_plugin.restoration.learned import Learned
 from ucdir_plugin.utils import image_reading, memory
 from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.image_reading import Photo
 from ucdir_plugin.utils.versions import versions
-
-if TYPE_CHECKING:
-    from ucdir_plugin.restoration.bird import BlindRestorer
-    from ucdir_plugin.restoration.learned import Learned
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Moments:
         return (self._squares.mean(1, keepdim=True) / max(self.count - 1, 1)).sqrt_()
 
 
-def _photo_of(array: np.ndarray) -> image_reading.Photo:
+def _photo_of(array: np.ndarray) -> Photo:
     """
     Raises:
         UserError: if it is no image.
@@ -80,7 +78,7 @@ def _photo_of(array: np.ndarray) -> image_reading.Photo:
     elif array.dtype not in (np.uint8, np.uint16):
         raise UserError(f"an image of type {array.dtype} has no known range: take uint8, uint16, or float in [0, 1]")
     gray = array.ndim == 2
-    return image_reading.Photo(np.repeat(array[..., None], 3, 2) if gray else array, gray=gray)
+    return Photo(np.repeat(array[..., None], 3, 2) if gray else array, gray=gray)
 
 
 def _to_array(image: torch.Tensor, gray: bool) -> np.ndarray:
@@ -91,7 +89,7 @@ def _to_array(image: torch.Tensor, gray: bool) -> np.ndarray:
 
 def restore(
     image: Union[str, os.PathLike, np.ndarray],
-    model: Union[Restorer, BlindRestorer],
+    model: Restorer,
     *,
     seed: Optional[int] = None,
     samples: int = 1,
@@ -112,46 +110,115 @@ def restore(
     Raises:
         UserError: one line that names what is wrong with the image or an argument.
     """
-    if isinstance(image, np.ndarray):
-        photo = _photo_of(image)
-    else:
-        photo = image_reading.read_photo(os.fspath(image), max_pixels)
-        key = os.path.basename(image) if key is None else key
-    doubt = None if isinstance(image, np.ndarray) else model.doubt(photo)
-    told = model.told(photo, condition)
-    photo = model.like(photo)
+    is_array = isinstance(image, np.ndarray)
+    if key is None:
+        key = "" if is_array else os.path.basename(image)
+    found: List[np.ndarray] = []
+
+    def read() -> Photo:
+        return _photo_of(image) if is_array else image_reading.read_photo(os.fspath(image), max_pixels)
+
+    def keep(photo: Photo, _number: int, sample: torch.Tensor, _learned: Optional[Learned]) -> None:
+        found.append(_to_array(sample[0], photo.gray))
+
+    done = restore_photo(
+        model, read, key, keep, seed=seed, samples=samples, blend=blend, condition=condition, from_file=not is_array
+    )
+    gray, initial, moments = done.photo.gray, done.drawn.initial(), done.moments
+    return Restored(
+        found[0] if moments is None else _to_array(moments.mean[0], gray),
+        None if initial is None else _to_array(initial[0], gray),
+        found,
+        None if moments is None else moments.spread[0, 0].cpu().numpy(),
+        {"settings": model.record_settings(seed, samples, blend, condition), **done.record},
+        done.drawn.learned(),
+    )
+
+
+class Done(NamedTuple):
+    """An image that :func:`restore_photo` has restored.
+
+    Attributes:
+        photo: kind and size of the result; its pixels are gone.
+        drawn: what the model gave.
+        moments: of several samples; None for one.
+        record: conditions, warning, cost, seconds, memory, device, versions.
+    """
+
+    photo: Photo
+    drawn: Drawn
+    moments: Optional[Moments]
+    record: Dict[str, Any]
+
+
+def restore_photo(
+    model: Restorer,
+    read: Callable[[], Photo],
+    key: str,
+    keep: Callable[[Photo, int, torch.Tensor, Optional[Learned]], None],
+    *,
+    seed: Optional[int] = None,
+    samples: int = 1,
+    blend: float = 1.0,
+    condition: Optional[Mapping[str, Any]] = None,
+    from_file: bool = True,
+    ready: Callable[[Photo, Optional[str]], None] = lambda photo, warning: None,
+    empty: Callable[..., torch.Tensor] = torch.empty,
+    progress: Optional[Progress] = None,
+    callback: Optional[Callable[..., None]] = None,
+) -> Done:
+    """Read an image, restore it, hand over its samples and record how it was made: the one way to a result.
+
+    Args:
+        read: gives the photo; called here, so that its pixels can be freed before the network runs.
+        key, seed, samples, blend, condition, empty, progress, callback: see :meth:`Restorer.run`.
+        keep: takes each sample, (1, 3, H, W) in [0, 1], with its number from 1 on, and what BIR-D learned with it.
+        from_file: the photo was a file, which may be of another kind than those of the training.
+        ready: called before the network runs, with the photo as it was read and the warning about its kind.
+
+    Raises:
+        UserError: one line that names what is wrong with the image or an argument.
+    """
     started = time.perf_counter()
     memory.reset_peak(model.device)
+    photo = read()
+    warning = model.warning(photo) if from_file else None
+    ready(photo, warning)
+    conditions = model.condition_values(photo, condition)
+    photo = model.output_photo(photo)
     height, width = photo.pixels.shape[:2]
+    lq = image_reading.to_tensor(photo, empty)
+    # Of the pixels only shape and type are still needed.
+    photo = replace(photo, pixels=np.broadcast_to(photo.pixels[:1, :1].copy(), photo.pixels.shape))
     drawn = model.run(
-        image_reading.to_tensor(photo), key or "", seed=seed, samples=samples, blend=blend, condition=told
+        lq,
+        key,
+        seed=seed,
+        samples=samples,
+        blend=blend,
+        condition=conditions,
+        empty=empty,
+        progress=progress,
+        callback=callback,
     )
-    moments, found = Moments(), []
-    for result in drawn.samples:
-        moments.add(result)
-        found.append(_to_array(result[0], photo.gray))
-    info = {
-        "settings": model.record_settings(seed, samples, blend, condition),
+    moments = Moments() if samples > 1 else None
+    for number, sample in enumerate(drawn.samples, 1):
+        if moments is not None:
+            moments.add(sample)
+        keep(photo, number, sample, drawn.learned())
+    record = {
+        **({"condition": conditions} if conditions else {}),
+        **({"note": warning} if warning else {}),
         **cost(model, height, width, samples, blend),
         "seconds": time.perf_counter() - started,
         "peak_memory": memory.peak(model.device),
         "device": str(model.device),
         "versions": versions(),
-        **({"condition": told} if told else {}),
-        **({"note": doubt} if doubt else {}),
     }
-    initial = drawn.initial()
-    return Restored(
-        _to_array(moments.mean[0], photo.gray),
-        None if initial is None else _to_array(initial[0], photo.gray),
-        found,
-        moments.spread[0, 0].cpu().numpy() if samples > 1 else None,
-        info,
-        drawn.learned(),
-    )
+    return Done(photo, drawn, moments, record)
 
 
-def cost(model: Union[Restorer, BlindRestorer], height: int, width: int, samples: int, blend: float) -> Dict[str, Any]:
+def cost(model: Restorer, height: int, width: int, samples: int, blend: float) -> Dict[str, Any]:
     """Network passes over the image and its patches, for the record."""
     plan = model.plan(height, width)
     nfe = plan.nfe * samples if blend or not model.diffusion else 0

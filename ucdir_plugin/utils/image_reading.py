@@ -26,7 +26,7 @@ MAX_PIXELS = 250_000_000
 """Larger images are refused, unless a tool is told otherwise."""
 _DAMAGED = "image {} cannot be decoded: it is damaged or no PNG, JPEG, TIFF, WebP, BMP or PPM; save it as PNG"
 _FAULT = "image {} is a {} with {}, which is not read; save it as PNG"
-_JPEG_SIDE, _JPEG_EXIF = 65500, 65533  # what libjpeg and a marker hold
+JPEG_SIDE, JPEG_EXIF = 65500, 65533  # what libjpeg and a marker hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ def read_photo(path: str, max_pixels: int) -> Photo:
     else:
         alpha = _alpha(content, path, header) if header.alpha else None  # first: the peak is lower
         pixels = _decode(content, path, header)
-        for rows in _strips(*pixels.shape[:2]):
+        for rows in strips(*pixels.shape[:2]):
             pixels[rows] = cv2.cvtColor(pixels[rows], cv2.COLOR_BGR2RGB)
     if any(part is not None and part.shape[:2] != header.size for part in (pixels, alpha)):
         raise UserError(f"image {path} cannot be decoded: it has another size than its header says")
@@ -268,7 +268,7 @@ def _alpha(content: bytes, path: str, header: Header) -> np.ndarray:
     return np.ascontiguousarray(_upright(alpha, 1 if header.kind == "TIFF" else header.orientation))
 
 
-def _strips(height: int, width: int) -> Iterator[slice]:
+def strips(height: int, width: int) -> Iterator[slice]:
     """Rows in groups of about a million pixels, so that what is computed of them stays small."""
     step = max(1, 2**20 // width)
     return (slice(top, top + step) for top in range(0, height, step))
@@ -282,7 +282,7 @@ def to_tensor(photo: Photo, empty: Callable[..., torch.Tensor] = torch.empty) ->
     """
     height, width = photo.pixels.shape[:2]
     result = empty((1, 3, height, width), dtype=torch.float32, device=torch.device("cpu"))
-    for rows in _strips(height, width):
+    for rows in strips(height, width):
         result[0, :, rows] = torch.from_numpy(_unit(photo.pixels[rows])).permute(2, 0, 1)
     return result
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.files import write_atomically
 from ucdir_plugin.utils.image_headers import EXIF
-from ucdir_plugin.utils.image_reading import _JPEG_EXIF, _JPEG_SIDE, Photo, _strips
+from ucdir_plugin.utils.image_reading import JPEG_EXIF, JPEG_SIDE, Photo, strips
 
 
 def side_by_side(images: list[np.ndarray], gap: int = 8) -> np.ndarray:
@@ -60,8 +60,8 @@ def check_output(extension: str, like: Photo | None = None, scale: int = 1) -> N
     excess = [
         *(["16 bits"] if like.pixels.dtype == np.uint16 else ["float pixels"] if like.pixels.dtype.kind == "f" else []),
         *(["alpha"] if like.alpha is not None else []),
-        *([f"more than {_JPEG_SIDE} pixels a side"] if max(like.pixels.shape[:2]) * scale > _JPEG_SIDE else []),
-        *([f"{len(like.exif)} bytes of EXIF"] if like.exif and len(like.exif) > _JPEG_EXIF else []),
+        *([f"more than {JPEG_SIDE} pixels a side"] if max(like.pixels.shape[:2]) * scale > JPEG_SIDE else []),
+        *([f"{len(like.exif)} bytes of EXIF"] if like.exif and len(like.exif) > JPEG_EXIF else []),
     ]
     if excess:
         raise UserError(f"a JPEG cannot hold {' and '.join(excess)}, which the image has: write .png")
@@ -107,7 +107,7 @@ def _quantized(image: torch.Tensor, like: Photo, scale: int) -> np.ndarray:
     colours = 1 if like.gray else 3
     dtype, top = (np.uint8, 255.0) if like.pixels.dtype == np.uint8 else (np.uint16, 65535.0)
     pixels = np.empty((height, width, colours + (like.alpha is not None)), dtype)
-    for rows in _strips(height, width):
+    for rows in strips(height, width):
         part = image[:, rows].detach().float()
         if not part.isfinite().all():
             raise UserError("the result holds NaN or infinite values: the weights are damaged or the precision too low")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def _scale(axis: Axes, values: np.ndarray) -> None:
+def scaled(axis: Axes, values: np.ndarray) -> None:
     """Logarithmic over more than 20 times; of what is constant no noise of rounding."""
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -22,7 +22,7 @@ def _scale(axis: Axes, values: np.ndarray) -> None:
         axis.set_ylim(middle - 0.1 * abs(middle), middle + 0.1 * abs(middle))
 
 
-def _label(axis: Axes, title: str, below: str) -> None:
+def labelled(axis: Axes, title: str, below: str) -> None:
     axis.set_title(title, fontsize=8)
     axis.set_xlabel(below, fontsize=7)
     axis.tick_params(labelsize=6)

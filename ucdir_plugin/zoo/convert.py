@@ -11,7 +11,7 @@ from ucdir_plugin.registry import build_arch
 from ucdir_plugin.utils.checkpoints import choose_state, fitting_state_dict, read_checkpoint
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.training_states import atomic_save
-from ucdir_plugin.zoo.model_files import _write_safetensors
+from ucdir_plugin.zoo.model_files import write_safetensors
 
 # What the released ``*_gen.pth`` of UCDIR holds beside the weights: constants of its noise schedule.
 SCHEDULE_BUFFERS = frozenset(
@@ -83,4 +83,4 @@ def convert_adm(
     with torch.device("meta"):
         net = build_arch(config, "network")
     state = fitting_state_dict(net, state, source)
-    return _write_safetensors(state, target, dtype, {"network": config})
+    return write_safetensors(state, target, dtype, {"network": config})

@@ -97,7 +97,7 @@ def read_prior(path: str) -> PriorFile:
     return PriorFile(state, options["network_g"], options["diffusion"], notes)
 
 
-def _write_safetensors(
+def write_safetensors(
     state: Mapping[str, torch.Tensor], target: str, dtype: torch.dtype, header: Mapping[str, Any]
 ) -> dict[str, Any]:
     from safetensors.torch import save
@@ -139,7 +139,7 @@ def write_model(
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
     header = {"options": kept, "notes": dict(notes), "jpeg_quality": jpeg_quality(options)}
-    return _write_safetensors(state, target, dtype, header)
+    return write_safetensors(state, target, dtype, header)
 
 
 def jpeg_quality(options: Mapping[str, Any]) -> Optional[tuple[int, int]]:

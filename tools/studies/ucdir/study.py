@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ucdir_cli.studies.figures import progress_figure
 from ucdir_cli.studies.ucdir.images import Images, TestSet, known_sets, read_set
 from ucdir_cli.studies.ucdir.plan import INPUT, Plan, Run
-from ucdir_cli.studies.ucdir.tables import Measured, _curves, differences_table, means_table
+from ucdir_cli.studies.ucdir.tables import Measured, curves_of, differences_table, means_table
 
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.evaluation.measure import Evaluation
@@ -72,7 +72,7 @@ def study(
             keys = images.chosen(part.images)
             measured = [_measured(run, images, keys, output, evaluation, device, say) for run in part.runs]
             text += [f"### {images.name}: {len(keys)} images", "\n".join(means_table(measured))]
-            curves = _curves(measured)
+            curves = curves_of(measured)
             if len(measured) > 1 and not curves:
                 text.append("\n".join(differences_table(measured, part.against or part.runs[0].label)))
             if curves:

@@ -130,7 +130,7 @@ def differences_table(measured: Sequence[Measured], against: str) -> List[str]:
     return tables.markdown_rows([f"minus {tables.escaped(against)}", *columns.values()], rows)
 
 
-def _curves(measured: Sequence[Measured]) -> Dict[str, Dict[str, List[Tuple[int, float]]]]:
+def curves_of(measured: Sequence[Measured]) -> Dict[str, Dict[str, List[Tuple[int, float]]]]:
     """Metric -> run's name -> (iteration, mean), of runs that say their iteration."""
     curves: Dict[str, Dict[str, List[Tuple[int, float]]]] = {}
     for item in measured:
