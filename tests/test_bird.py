@@ -1,7 +1,9 @@
 """The BIR-D solver with a prior in closed form: what it restores, what it learns, and what it must not depend on."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -600,3 +602,10 @@ def test_a_hole_mask_of_a_batch_and_gray_observations():
     assert found.image.shape == (1, 3, 16, 16)
     assert isinstance(found.observations[0].degradation.operator, ChannelMean)
     assert tasks.task_named("hdr").mask
+
+
+def test_presets_are_those_of_before():
+    """Settings of every preset for every task, as they were at commit 87dc1b5."""
+    stored = json.loads((Path(__file__).parent / "presets.json").read_text())
+    found = {f"{name} {task}": repr(preset(name, task)) for name in PRESETS for task in (None, *TASKS)}
+    assert found == stored

@@ -218,11 +218,17 @@ def heun(
 
 
 class Sampler(NamedTuple):
-    """A sampler and its cost."""
+    """A sampler, its cost and what it can be told.
+
+    Attributes:
+        sample: the function.
+        calls: network calls of each step but the last, which always takes one.
+        takes_eta: whether it has a part of new noise in each step, ``eta``.
+    """
 
     sample: Callable[..., torch.Tensor]
-    calls: int
-    """network calls of each step but the last, which always takes one"""
+    calls: int = 1
+    takes_eta: bool = False
 
     def nfe(self, steps: int) -> int:
         """Network calls (number of function evaluations) of ``steps`` steps."""
@@ -230,12 +236,13 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS: Dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm, 1),
-    "ddim": Sampler(ddim, 1),
-    "dpmpp_2m": Sampler(dpmpp_2m, 1),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 1),
-    "heun": Sampler(heun, 2),
+    "ddpm": Sampler(ddpm),
+    "ddim": Sampler(ddim, takes_eta=True),
+    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, takes_eta=True),
+    "heun": Sampler(heun, calls=2),
 }
+"""The samplers by the name that options know them by; another one is another entry."""
 
 
 STRIP_ELEMENTS = 2**20

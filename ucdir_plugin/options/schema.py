@@ -11,8 +11,13 @@ from typing import Annotated, Any, Dict, Iterable, List, Literal, Mapping, Optio
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ucdir_plugin.diffusion import schedule
+from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.utils.errors import UserError, did_you_mean, printable
+
+SPACINGS = ("respace", *(name for name in schedule.SPACINGS if name != "uniform"), "rescale")
+"""Of sampling steps: ``respace`` is uniform in t, ``rescale`` a new schedule (the release's)."""
 
 
 def sampling_schedule(training: NoiseSchedule, options: SamplingOptions) -> NoiseSchedule:
@@ -87,9 +92,9 @@ class PriorScheduleOptions(ScheduleOptions):
 class SamplingOptions(_Schema):
     """How validation and test sample."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"] = "ddpm"
+    sampler: Literal[tuple(SAMPLERS)] = "ddpm"
     steps: PositiveInt = 50
-    spacing: Literal["respace", "trailing", "quadratic", "rescale"] = "respace"
+    spacing: Literal[SPACINGS] = "respace"
     rescale_end: float = Field(0.1, gt=0, lt=1)
     eta: Optional[float] = Field(None, ge=0, le=1)
     start_timestep: Optional[PositiveInt] = None
@@ -121,8 +126,9 @@ def check_sampling(options: SamplingOptions, training: NoiseSchedule, where: str
     if steps > (start or timesteps):
         of = f"start_timestep's {start}" if start else f"the schedule's {timesteps} (diffusion)"
         fault("steps", f"{steps} is more than {of}")
-    if sampling["eta"] is not None and sampling["sampler"] not in ("ddim", "dpmpp_2m_sde"):
-        fault("eta", f"has no meaning for {sampling['sampler']}, only for ddim and dpmpp_2m_sde; remove it")
+    if sampling["eta"] is not None and not SAMPLERS[sampling["sampler"]].takes_eta:
+        those = " and ".join(name for name, sampler in SAMPLERS.items() if sampler.takes_eta)
+        fault("eta", f"has no meaning for {sampling['sampler']}, only for {those}; remove it")
     if sampling["dynamic_threshold"] is not None and not sampling["clip_x0"]:
         fault("dynamic_threshold", "is a way to clip x0: set clip_x0 to true")
     if sampling["tile"] is not None and 2 * sampling["overlap"] >= sampling["tile"]:

@@ -5,8 +5,8 @@ Paper: Taming Generative Diffusion Prior for Universal Blind Image Restoration, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -40,9 +40,6 @@ GRAY_WORLD = 0.5
 MASK_SIGMA = 8.0
 """Pixels over which the mask of low light and HDR is smooth."""
 
-GDP_SCALES = {"sr4": 2000.0, "inpaint": 4000.0, "lowlight": 80000.0}
-"""Guidance scales of GDP where they are not 6000."""
-
 
 def preset(name: str, task: Optional[str] = None) -> Settings:
     """A named choice of settings, as it is for a task of :data:`TASKS`.
@@ -56,20 +53,9 @@ def preset(name: str, task: Optional[str] = None) -> Settings:
     if task is None:
         return settings
     found = task_named(task)
-    if name == "released":
-        if task == "lowlight":
-            still = replace(settings.kernel, rate=1.0, mask_rate=1.0, mask_per_pixel=False)
-            data = data_steps.Gradient(FixedScale(62000.0))
-            settings = replace(settings, data=data, kernel=still, noise_target=False, passes=1)
-            return replace(settings, kernel_size=3, kernel_start="random")
-        if task == "multi":
-            return replace(settings, data=data_steps.Gradient(FixedScale(4500.0)))
     if name == "gdp":
-        colour = 1.0 if task == "colorize" else 0.0
-        settings = replace(settings, data=data_steps.Gradient(FixedScale(GDP_SCALES.get(task, 6000.0)), colour))
-        if task == "lowlight":
-            gain = kernel_steps.Gradient(rate=1.0, mask_rate=1.0, mask_per_pixel=False, simplex=False)
-            settings = replace(settings, kernel=gain, kernel_size=1)
+        settings = replace(settings, data=data_steps.Gradient(FixedScale(found.gdp_scale), found.gdp_colour))
+    settings = found.adapted.get(name, _as_it_is)(settings)
     if name in ("default", "guided") and not found.blind:
         settings = settings.known()
     if name == "guided" and (found.holes or not found.simplex):
@@ -98,6 +84,8 @@ class Task:
         holes: A has a hole mask.
         exposures: observations differ in their exposure: pixels at the upper end of the range tell nothing, but in the
             darkest one.
+        gdp_scale, gdp_colour: guidance scale, and weight of the colour's loss, of the preset gdp.
+        adapted: preset -> what else its settings are for this task.
     """
 
     blind: bool = True
@@ -109,6 +97,9 @@ class Task:
     gray: bool = False
     holes: bool = False
     exposures: bool = False
+    gdp_scale: float = 6000.0
+    gdp_colour: float = 0.0
+    adapted: Mapping[str, Callable[[Settings], Settings]] = field(default_factory=dict)
 
     def operator(self, known: Optional[torch.Tensor] = None) -> Operator:
         """A.
@@ -165,10 +156,10 @@ class Task:
         if not self.exposures or len(found) == 1 or settings.kernel_start == "random":
             return found
         images = [(y + 1) / 2 for y in observed]
-        gains, told = exposure_gains(images), unsaturated(images)
+        gains, below = exposure_gains(images), unsaturated(images)
         found = [
             replace(d, kernel=d.kernel / d.kernel.sum((3, 4), keepdim=True) * gain.view(-1, 1, 1, 1, 1), operator=op)
-            for d, gain, op in zip(found, gains, map(Unsaturated, told))
+            for d, gain, op in zip(found, gains, map(Unsaturated, below))
         ]
         return found
 
@@ -222,17 +213,44 @@ def exposure_gains(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return gains.to(images[0])
 
 
+def _as_it_is(settings: Settings) -> Settings:
+    return settings
+
+
+def _released_low_light(settings: Settings) -> Settings:
+    kernel = replace(settings.kernel, rate=1.0, mask_rate=1.0, mask_per_pixel=False)
+    data = data_steps.Gradient(FixedScale(62000.0))
+    settings = replace(settings, data=data, kernel=kernel, noise_target=False, passes=1)
+    return replace(settings, kernel_size=3, kernel_start="random")
+
+
+def _released_multi(settings: Settings) -> Settings:
+    return replace(settings, data=data_steps.Gradient(FixedScale(4500.0)))
+
+
+def _gdp_low_light(settings: Settings) -> Settings:
+    gain = kernel_steps.Gradient(rate=1.0, mask_rate=1.0, mask_per_pixel=False, simplex=False)
+    return replace(settings, kernel=gain, kernel_size=1)
+
+
 TASKS: Dict[str, Task] = {
     "blind": Task(),
     "deblur": Task(),
     "motion": Task(),
-    "sr4": Task(blind=False, factor=4),
-    "inpaint": Task(blind=False, holes=True),
-    "colorize": Task(blind=False, gray=True),
-    "lowlight": Task(kernel_size=5, simplex=False, mask=True),
+    "sr4": Task(blind=False, factor=4, gdp_scale=2000.0),
+    "inpaint": Task(blind=False, holes=True, gdp_scale=4000.0),
+    "colorize": Task(blind=False, gray=True, gdp_colour=1.0),
+    "lowlight": Task(
+        kernel_size=5,
+        simplex=False,
+        mask=True,
+        gdp_scale=80000.0,
+        adapted={"released": _released_low_light, "gdp": _gdp_low_light},
+    ),
     "hdr": Task(kernel_size=5, simplex=False, mask=True, exposures=True),
-    "multi": Task(gray=True),
+    "multi": Task(gray=True, adapted={"released": _released_multi}),
 }
+"""The tasks by the name that options know them by; another one is another entry."""
 
 
 def task_named(name: str) -> Task:
