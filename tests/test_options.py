@@ -1,12 +1,16 @@
 """Option files: safe, overridable, checked with one line per fault."""
 
+import copy
 import os
+import traceback
 
 import pytest
-from conftest import TINY, merged
+from conftest import EDSR, LQ_ONLY, TINY, merged
 
+from ucdir_plugin.options import rules
 from ucdir_plugin.options.check import check_options, load_options
 from ucdir_plugin.options.reading import apply_overrides, read_yaml
+from ucdir_plugin.options.rules import BEFORE, RULES
 from ucdir_plugin.utils.errors import UserError
 
 
@@ -304,3 +308,48 @@ def test_a_misspelt_required_key_is_named(changes, message):
     with pytest.raises(UserError) as error:
         check_options(merged(TINY, changes), True, "file.yml")
     assert str(error.value) == f"file.yml: {message}"
+
+
+BIRD = {"name": "bird", "model_type": "BIRDModel", "bird": {"task": "deblur"}}
+ESRGAN = merged(EDSR, {"datasets": {"train": {"name": "t", "type": "PairedImageDataset"}}, "train": {"total_iter": 1, "optim_g": {"type": "Adam"}, "scheduler": {"type": "MultiStepLR", "milestones": [1]}}})  # fmt: skip
+RULE_CASES = {
+    "meaningless": (BIRD, {"compile": True}, "option compile has no meaning for BIRDModel, which restores without training; remove it"),
+    "registered_model": (TINY, {"model_type": "UCDIRModell"}, "option model_type: there is no model 'UCDIRModell'; did you mean 'UCDIRModel'"),
+    "network_or_bird": (TINY, {"network_g": None}, "option network_g is missing"),
+    "bird": (BIRD, {"bird": {"mask": "holes.png"}}, "option bird:mask: only the task inpaint has holes, not deblur; remove it"),
+    "engine": (TINY, {"mmengine": {"hooks": []}}, "option mmengine has no meaning for engine: basicsr"),
+    "networks": (TINY, {"network_g": {"denoiser": {"widht": 3}}}, "unknown option network_g:denoiser:widht"),
+    "phases": (TINY, {"datasets": {"validation": LQ_ONLY}}, "option datasets:validation: the phases are"),
+    "datasets": (TINY, {"datasets": {"train": {"condition_file": "c.csv"}}}, "option datasets:train:condition_file has no meaning for JPEGDataset; remove it"),
+    "batches": (TINY, {"datasets": {"train": {"batch_size_total": 4}}}, "option datasets:train:batch_size_total and batch_size_per_gpu exclude each other"),
+    "degradations": (TINY, {"datasets": {"train": {"type": "MixedDegradationDataset", "quality": None, "degradations": [{"type": "blurr"}]}}}, "datasets:train:degradations"),
+    "conditions": (TINY, {"network_g": {"denoiser": {"conditions": {"ratio": [1, 300]}}}}, "option datasets:train"),
+    "metrics": (TINY, {"val": {"metrics": {"psnr": {"crop_bordr": 1}}}}, "unknown option val:metrics:psnr:crop_bordr"),
+    "training_is_there": (TINY, {"datasets": {"train": None}}, "option datasets:train is missing"),
+    "optimizer": (TINY, {"train": {"optim_g": {"type": "AdamV"}}}, "option train:optim_g:type: there is no 'AdamV'"),
+    "scheduler": (TINY, {"train": {"scheduler": {"type": "MultiStep"}}}, "option train:scheduler:type: there is no 'MultiStep'"),
+    "losses": (TINY, {"train": {"initial_opt": {"type": "L2Loss"}}}, "option train:initial_opt:type: there is no loss 'L2Loss'"),
+    "predictor": (TINY, {"train": {"predictor": {"frozen": True}}}, "option train:initial_opt has no meaning for a predictor that is frozen"),
+    "needed_for_training": (TINY, {"train": {"diffusion_opt": None}}, "option train:diffusion_opt is missing"),
+    "predictor_weights": (TINY, {"path": {"pretrain_network_predictor": "p.pth", "pretrain_network_g": "g.pth"}}, "option path:pretrain_network_predictor: pretrain_network_g holds the predictor too"),
+    "foreign_training": (ESRGAN, {"train": {"grad_clip": 1.0}}, "option train:grad_clip is for UCDIRModel; SRModel would ignore it"),
+    "sampling": (TINY, {"val": {"sampling": {"eta": 0.5}}}, "option val:sampling:eta: has no meaning for ddpm, only for ddim and dpmpp_2m_sde; remove it"),
+    "foreign_network": (ESRGAN, {"compile": True}, "option compile is for UCDIRModel; SRModel would ignore it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [r.__name__ for r in (*BEFORE, *RULES) if r is not rules.other_models_sections])
+def test_each_rule_refuses_what_it_is_about(rule):
+    """One line that names file and key, and the rule is the one that says so."""
+    base, changes, message = RULE_CASES[rule]
+    check_options(copy.deepcopy(base), is_train="train" in base)
+    with pytest.raises(UserError) as error:
+        check_options(merged(base, changes), is_train="train" in base, where="file.yml")
+    assert str(error.value).startswith("file.yml: ") and message in str(error.value)
+    assert rule in [frame.name for frame in traceback.extract_tb(error.value.__cause__.__traceback__)]
+
+
+def test_sections_of_other_models_are_dropped():
+    assert not {"diffusion", "compile", "bird"} & check_options(copy.deepcopy(ESRGAN), True).keys()
+    assert not {"diffusion", "network_g"} & check_options(copy.deepcopy(BIRD), False).keys()
+    assert {"diffusion", "compile"} <= check_options(copy.deepcopy(TINY), True).keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+from typing import Any, ClassVar, Dict, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.image_reading import decode_image, image_size, list_images, read_bytes
+from ucdir_plugin.utils.option_types import Int
 
 
 class CleanImages(Dataset):
@@ -83,6 +84,11 @@ class CleanImageDataset(CleanImages):
     Raises:
         UserError: for a missing folder, a wrong scale, or if no image is large enough.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "view_scale": Union[float, Tuple[float, float], None],
+        "seed": Optional[Int],
+    }
 
     def __init__(self, opt: dict):
         scale = opt.get("view_scale") or 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, ClassVar, Dict, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import KINDS, jpeg, value_range
@@ -29,6 +29,10 @@ class JPEGDataset(CleanImages):
     Raises:
         UserError: as CleanImages; for a wrong quality.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "quality": Union[int, Tuple[int, int], None],
+    }
 
     def __init__(self, opt: dict):
         self.quality = _quality(opt)

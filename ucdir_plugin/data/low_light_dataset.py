@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Dict, Optional, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
 from ucdir_plugin.data.degradations import draw, low_light, value_range
 from ucdir_plugin.data.samples import to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.option_types import Int, PositiveInt
 
 LIMITS = {"ratio": (1.0, 10000.0), "electrons": (1.0, 1e6), "read": (0.0, 1000.0), "row": (0.0, 1000.0)}
 DEFAULTS = {"ratio": (100.0, 300.0), "electrons": (1000.0, 15000.0), "read": (1.0, 4.0), "row": (0.0, 1.0)}
@@ -33,6 +34,15 @@ class LowLightDataset(CleanImages):
     Raises:
         UserError: as CleanImages; for values out of :data:`LIMITS`.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "ratio": Union[float, Tuple[float, float], None],
+        "electrons": Union[float, Tuple[float, float], None],
+        "read": Union[float, Tuple[float, float], None],
+        "row": Union[float, Tuple[float, float], None],
+        "bits": Optional[PositiveInt],
+        "seed": Optional[Int],
+    }
 
     def __init__(self, opt: dict):
         self.ranges = _ranges(opt)

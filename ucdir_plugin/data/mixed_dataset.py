@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, ClassVar, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ucdir_plugin.data.samples import option, some_of, to_sample
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.image_reading import image_size
+from ucdir_plugin.utils.option_types import Int
 
 
 def _steps(opt: dict) -> tuple[Step, ...]:
@@ -37,6 +38,11 @@ class MixedDegradationDataset(CleanImages):
         UserError: as CleanImages; for a degradation that does not exist, or values out of its limits; for one in
             training that changes the size or leaves holes.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "degradations": Optional[List[Dict[str, Any]]],
+        "seed": Optional[Int],
+    }
 
     def __init__(self, opt: dict):
         self.steps = _steps(opt)

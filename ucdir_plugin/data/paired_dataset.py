@@ -6,7 +6,7 @@ import collections
 import csv
 import math
 import os
-from typing import Any
+from typing import Any, ClassVar, Dict, Optional
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -68,6 +68,14 @@ class PairedRestorationDataset(Dataset):
         UserError: for missing folders, images without a partner or a line in ``condition_file``, sizes that differ,
             images smaller than the crop.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "dataroot_lq": Optional[str],
+        "meta_info_file": Optional[str],
+        "filename_tmpl": str,
+        "io_backend": dict,
+        "condition_file": Optional[str],
+    }
 
     def __init__(self, opt: dict):
         self.opt = opt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Dict, Optional, Tuple, Union
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -30,6 +30,11 @@ class RawPairDataset(Dataset):
     Raises:
         UserError: as :func:`ucdir_plugin.data.raw.read_pairs` and ``develop``; for a crop larger than an image.
     """
+
+    options: ClassVar[Dict[str, Any]] = {
+        "meta_info_file": Optional[str],
+        "ratio": Union[float, Tuple[float, float], None],
+    }
 
     def __init__(self, opt: dict):
         self.opt = opt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from typing import Any, Literal, Mapping, Optional
+from typing import Any, Dict, Literal, Mapping, Optional
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -38,16 +38,27 @@ def check_call(target: Any, kwargs: Mapping[str, Any], where: str, given: int = 
     if not own:
         return
     hints = typing.get_type_hints(function)
-    for key, value in kwargs.items():
-        if key in hints:
-            try:
-                TypeAdapter(hints[key]).validate_json(to_json(value, f"option {where}:{key}"), strict=True)
-            except ValidationError as err:
-                message = err.errors()[0]["msg"]
-                hint = _near(value, hints[key])
-                raise UserError(
-                    f"option {where}:{key}: {message[0].lower()}{message[1:]}, got {value!r}{hint}"
-                ) from err
+    check_values({key: value for key, value in kwargs.items() if key in hints}, hints, where)
+
+
+def check_values(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> Dict[str, Any]:
+    """Values of the given types; lists become tuples where those are asked for.
+
+    Args:
+        types: of each key in ``values``.
+
+    Raises:
+        UserError: for the first value of another type.
+    """
+    found = {}
+    for key, value in values.items():
+        try:
+            found[key] = TypeAdapter(types[key]).validate_json(to_json(value, f"option {where}:{key}"), strict=True)
+        except ValidationError as err:
+            message = err.errors()[0]["msg"]
+            hint = _near(value, types[key])
+            raise UserError(f"option {where}:{key}: {message[0].lower()}{message[1:]}, got {value!r}{hint}") from err
+    return found
 
 
 def _near(value: Any, hint: Any) -> str:
@@ -57,7 +68,7 @@ def _near(value: Any, hint: Any) -> str:
     return f"; {nearest}" if nearest.startswith("did you mean") else ""
 
 
-def _is_own(target: Any) -> bool:
+def is_own(target: Any) -> bool:
     return target.__module__.split(".")[0] == "ucdir_plugin"
 
 
@@ -70,7 +81,7 @@ def check_registered(kind: str, cfg: Any, where: str, given: int = 0) -> None:
         raise UserError(f"option {where}: a mapping with 'type: NAME' is expected, got {cfg!r}")
     target = registry.lookup(kind, cfg["type"], f"option {where}:type")
     kwargs = {k: v for k, v in cfg.items() if k != "type"}
-    own = _is_own(target)
+    own = is_own(target)
     check_call(target, kwargs, where, given, own)
     if own and kind == "arch":
         for key, hint in typing.get_type_hints(target.__init__).items():
@@ -96,7 +107,7 @@ def check_metric(cfg: Mapping[str, Any], where: str) -> None:
     for key, choices in (("input_order", ("HWC", "CHW")), ("convert_to", ("y", "gray"))):  # of BasicSR's metrics
         if key in cfg and cfg[key] not in choices:
             raise UserError(f"option {where}:{key}: {cfg[key]!r} is not known: take {' or '.join(choices)}")
-    if not _is_own(target):
+    if not is_own(target):
         return
     check_call(target, {k: v for k, v in cfg.items() if k != "type"}, where, len(parameters) - len(known), own=True)
     try:

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import typing
-from typing import Annotated, Any, Dict, Iterable, List, Literal, Mapping, Optional, Tuple, Union
+from typing import Annotated, Any, Dict, Iterable, List, Literal, Mapping, Optional, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from ucdir_plugin.diffusion import schedule
 from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.utils.errors import UserError, did_you_mean, printable
+from ucdir_plugin.utils.option_types import Int, NotNegativeInt, PositiveInt
 
 SPACINGS = ("respace", *(name for name in schedule.SPACINGS if name != "uniform"), "rescale")
 """Of sampling steps: ``respace`` is uniform in t, ``rescale`` a new schedule (the release's)."""
@@ -33,14 +34,6 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _whole(value: Any) -> Any:
-    """5e3 stands for 5000, as BasicSR's own option files have it."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-NotNegativeInt = Annotated[Int, Field(ge=0)]
 TimeSteps = Annotated[PositiveInt, Field(le=1_000_000)]
 
 
@@ -224,12 +217,21 @@ class TrainOptions(_Schema):
     max_bad_steps: PositiveInt = 10
 
 
-class DatasetOptions(_Schema):
-    """Keys of BasicSR's loader and its image datasets, and of this package's.
+class _UselessHere(_Schema):
+    """Keys of BasicSR's own files with nothing left to do: sampling is endless and always shuffled, workers stay."""
 
-    Sampling is endless and always shuffled here, so that ``use_shuffle``, ``dataset_enlarge_ratio``,
-    ``persistent_workers`` and ``prefetch_mode: cpu`` of BasicSR's files have nothing left to do.
+    dataset_enlarge_ratio: PositiveInt = 1
+    use_shuffle: bool = True
+    persistent_workers: bool = False
+
+
+class DatasetOptions(_UselessHere):
+    """Keys of BasicSR's loader and its image datasets.
+
+    What else a data set of this package takes, its class says (``options``); other packages' have their own ideas.
     """
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     name: FileName
     type: str
@@ -244,26 +246,13 @@ class DatasetOptions(_Schema):
     color: Optional[str] = None
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
-    quality: Union[int, Tuple[int, int], None] = None
-    view_scale: Union[float, Tuple[float, float], None] = None
-    degradations: Optional[List[Dict[str, Any]]] = None
-    ratio: Union[float, Tuple[float, float], None] = None
-    electrons: Union[float, Tuple[float, float], None] = None
-    read: Union[float, Tuple[float, float], None] = None
-    row: Union[float, Tuple[float, float], None] = None
-    bits: Optional[PositiveInt] = None
-    seed: Optional[Int] = None
     condition: Dict[str, Union[float, str]] = Field(default_factory=dict)
-    condition_file: Optional[str] = None
     num_worker_per_gpu: NotNegativeInt = Field(0, le=512)
     batch_size_per_gpu: Optional[PositiveInt] = None  # 1
     batch_size_total: Optional[PositiveInt] = None  # of training, instead
-    dataset_enlarge_ratio: PositiveInt = 1
-    use_shuffle: bool = True
     prefetch_mode: Optional[Literal["cpu", "cuda"]] = None
     num_prefetch_queue: PositiveInt = Field(1, le=1024)
     pin_memory: bool = False
-    persistent_workers: bool = False
     wait_for_data: float = Field(300.0, ge=0)  # seconds, in training, for a disk that does not answer
 
 
