@@ -323,7 +323,7 @@ RULE_CASES = {
     "datasets": (TINY, {"datasets": {"train": {"condition_file": "c.csv"}}}, "option datasets:train:condition_file has no meaning for JPEGDataset; remove it"),
     "batches": (TINY, {"datasets": {"train": {"batch_size_total": 4}}}, "option datasets:train:batch_size_total and batch_size_per_gpu exclude each other"),
     "degradations": (TINY, {"datasets": {"train": {"type": "MixedDegradationDataset", "quality": None, "degradations": [{"type": "blurr"}]}}}, "datasets:train:degradations"),
-    "conditions": (TINY, {"network_g": {"denoiser": {"conditions": {"ratio": [1, 300]}}}}, "option datasets:train"),
+    "conditions": (TINY, {"network_g": {"denoiser": {"conditions": {"ratio": {"range": [1, 300]}}}}}, "option datasets:train"),
     "metrics": (TINY, {"val": {"metrics": {"psnr": {"crop_bordr": 1}}}}, "unknown option val:metrics:psnr:crop_bordr"),
     "training_is_there": (TINY, {"datasets": {"train": None}}, "option datasets:train is missing"),
     "optimizer": (TINY, {"train": {"optim_g": {"type": "AdamV"}}}, "option train:optim_g:type: there is no 'AdamV'"),
