@@ -1,4 +1,4 @@
-"""Lay out the demo's photographs: python datasets/prepare_demo.py
+"""Lay out the demo's photographs, for options/demo_*.yml (python datasets/prepare_demo.py).
 
 They come with scikit-image, so nothing is downloaded. Training: six photographs and three
 textures; test: two photographs that are never trained on; bird: their middles, 256x256, for BIR-D.
@@ -28,6 +28,7 @@ SIDE = 256
 
 
 def main() -> int:
+    """Lay out the photographs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--out", default=os.path.join("datasets", "demo"), help="folder to write (default: %(default)s)"

@@ -29,6 +29,7 @@ PAIRS = {"train": 2103, "test": 1111}
 
 
 def main() -> int:
+    """Lay out the pairs as the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="the folder GOPRO_Large, with train and test in it")
     parser.add_argument("--out", default=os.path.join("datasets", "GoPro"), help="default: %(default)s")

@@ -21,6 +21,7 @@ from ucdir_plugin.utils.image_reading import EXTENSIONS, image_size, list_images
 
 
 def read_list(path: str) -> list:
+    """Read the list file: one image a line."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line.strip() for line in file if line.strip()]
@@ -38,7 +39,7 @@ def stem(name: str) -> str:
 
 
 def choose(lines: list, names: list, where: str, source: str) -> list:
-    """Of the images below --source those that a list names: by path, or by file name where only one has it."""
+    """Choose those images below --source that a list names: by path, or by file name where only one has it."""
     by_path, by_file = {}, {}
     for name in names:
         by_path[name] = [name]
@@ -64,6 +65,7 @@ def choose(lines: list, names: list, where: str, source: str) -> list:
 
 
 def main() -> int:
+    """Lay out the images as the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="folder of images")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -88,6 +90,7 @@ def main() -> int:
 
 
 def link(source: str, out: str, names: list, least: int) -> int:
+    """Link the chosen images into the set, without those below the least size; returns the exit code."""
     linked = small = 0
     failed = []
     for name in names:

@@ -42,6 +42,7 @@ def halves(pairs: dict) -> dict:
 
 
 def main() -> int:
+    """Lay out the pairs as the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="folder of the pairs")
     parser.add_argument("--out", required=True, help="folder to write")

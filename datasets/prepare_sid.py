@@ -31,6 +31,7 @@ PAIRS = {"train": 1865, "test": 598}
 
 
 def main() -> int:
+    """Develop and lay out the pairs as the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="folder with Sony/ and the lists in it")
     parser.add_argument("--out", default=os.path.join("datasets", "SID"), help="default: %(default)s")

@@ -13,14 +13,8 @@ from ucdir_plugin.diffusion import samplers
 from ucdir_plugin.diffusion.bird import data_steps, tasks
 from ucdir_plugin.diffusion.bird import kernel_steps as steps
 from ucdir_plugin.diffusion.bird.data_steps import AdaptiveScale, FixedScale, LineSearch, Observation
-from ucdir_plugin.diffusion.bird.degradation import (
-    BlockMean,
-    ChannelMean,
-    Degradation,
-    HoleMask,
-    Operator,
-    start_kernel,
-)
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, HoleMask, Operator
 from ucdir_plugin.diffusion.bird.settings import PRESETS, Settings, ablation
 from ucdir_plugin.diffusion.bird.solver import Solver, log_sigma_schedule
 from ucdir_plugin.diffusion.bird.tasks import TASKS, preset

@@ -20,16 +20,9 @@ import ucdir_plugin
 from ucdir_plugin.data import degradations
 from ucdir_plugin.diffusion.bird import data_steps
 from ucdir_plugin.diffusion.bird.data_steps import Observation
-from ucdir_plugin.diffusion.bird.degradation import (
-    BlockMean,
-    ChannelMean,
-    Compose,
-    Degradation,
-    HoleMask,
-    Operator,
-    start_kernel,
-)
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
 from ucdir_plugin.diffusion.bird.kernel_steps import Gradient, LeastSquares, gaussian_smooth
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator
 from ucdir_plugin.diffusion.bird.tasks import TASKS, exposure_gains, preset, unsaturated
 from ucdir_plugin.diffusion.noise import normal
 from ucdir_plugin.options.check import check_options

@@ -8,17 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ucdir_plugin.diffusion.bird import kernel_steps as steps
-from ucdir_plugin.diffusion.bird.degradation import (
-    BlockMean,
-    ChannelMean,
-    Compose,
-    Degradation,
-    HoleMask,
-    Operator,
-    convolve,
-    project_simplex,
-    start_kernel,
-)
+from ucdir_plugin.diffusion.bird.degradation import Degradation, convolve, project_simplex, start_kernel
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator
 from ucdir_plugin.utils.errors import UserError
 
 

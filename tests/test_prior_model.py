@@ -16,7 +16,8 @@ from conftest import ROOT, TINY, assert_one_line_error, merged
 from test_tools import TORCHRUN, assert_same, final_state
 from torch.distributions import Normal, kl_divergence
 
-from ucdir_plugin.diffusion.bird.degradation import ChannelMean, Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.operators import ChannelMean
 from ucdir_plugin.diffusion.bird.solver import Solver
 from ucdir_plugin.diffusion.bird.tasks import preset
 from ucdir_plugin.diffusion.noise import image_noise

@@ -26,16 +26,8 @@ from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.data import degradations as chains
 from ucdir_plugin.data.loader import EndlessSampler, training_loader
 from ucdir_plugin.diffusion import samplers, tiling
-from ucdir_plugin.diffusion.bird.degradation import (
-    PADDINGS,
-    BlockMean,
-    ChannelMean,
-    Compose,
-    Degradation,
-    HoleMask,
-    Operator,
-    project_simplex,
-)
+from ucdir_plugin.diffusion.bird.degradation import PADDINGS, Degradation, project_simplex
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator
 from ucdir_plugin.diffusion.schedule import SPACINGS, NoiseSchedule, diffuse
 from ucdir_plugin.options.check import load_options
 from ucdir_plugin.options.reading import read_options, read_yaml

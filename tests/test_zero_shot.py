@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from test_bird import KNOWN_TASKS, NOISE, gaussian, motion, posterior_mean, psnr, scene
 
-from ucdir_plugin.diffusion.bird.degradation import (
-    BlockMean,
-    ChannelMean,
-    Compose,
-    Degradation,
-    HoleMask,
-    Operator,
-    start_kernel,
-)
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator
 from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule

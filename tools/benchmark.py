@@ -20,6 +20,7 @@ from ucdir_cli.command_line import Parser, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     common = Parser(add_help=False)
     common.add_argument("--repeats", type=int, default=5, help="measured turns of each variant (default: %(default)s)")
     common.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")

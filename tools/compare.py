@@ -15,6 +15,7 @@ from ucdir_cli.command_line import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="metrics_*.json, or a folder that has one")

@@ -15,6 +15,7 @@ from ucdir_cli.command_line import Parser, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--from", dest="kind", choices=["ucdir", "adm", "training"], required=True, help="who made the file")

@@ -15,6 +15,7 @@ from ucdir_cli.command_line import Parser, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("restored", metavar="RESTORED", help="folder of results, with folders in it, or one image")

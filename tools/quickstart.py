@@ -21,6 +21,7 @@ FIRST = ["torch>=2.6", "torchvision>=0.21", "numpy", "setuptools", "wheel", "cyt
 
 
 def python_of(folder: Path) -> str:
+    """Path of an environment's interpreter."""
     return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
@@ -39,6 +40,7 @@ def set_up(folder: Path) -> str:
 
 
 def main() -> int:
+    """Set up the environment and run the job; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=["demo", "test", "install"])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is (default: .venv)")

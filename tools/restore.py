@@ -18,6 +18,7 @@ from ucdir_cli.command_line import Parser, option_file, run, source
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)

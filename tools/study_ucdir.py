@@ -14,6 +14,7 @@ from ucdir_cli.command_line import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("plan", metavar="PLAN.yaml", help="which runs there are, such as options/study/jpeg.yaml")

@@ -1,4 +1,7 @@
-"""Test any registered BasicSR model: python tools/test.py -opt options/demo_ucdir.yml"""
+"""Test any registered BasicSR model: pictures, tables and a report.
+
+python tools/test.py -opt options/demo_ucdir.yml
+"""
 
 import sys
 

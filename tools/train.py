@@ -1,4 +1,7 @@
-"""Train any registered BasicSR model: python tools/train.py -opt options/demo_ucdir.yml"""
+"""Train any registered BasicSR model.
+
+python tools/train.py -opt options/demo_ucdir.yml
+"""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""The only file that patches the ecosystem: BasicSR 1.4.2 (its last release) on a current torch, torchvision and CPU,
-and one function of MMEngine.
+"""The only file that patches the ecosystem, and what the rest of the package uses of BasicSR.
 
-Import it before anything of BasicSR. The aliases of vanished modules are made at import, so that spawned workers have
-them too. Each patch names the fault it cures and stands aside where upstream no longer has it.
+BasicSR 1.4.2, its last release, is made to run on a current torch and torchvision and on the CPU; one function of
+MMEngine is patched too. Import it before anything of BasicSR. The aliases of vanished modules are made at import, so
+that spawned workers have them too. Each patch names the fault that it cures, and stands aside where upstream has mended
+it.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def _crops(folder: str, count: int, size: int) -> Tuple[List[str], torch.Tensor]
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> List[float]:
-    """Of 8 bits, of each image; (B, 3, H, W) in [0, 1]."""
+    """PSNR of 8-bit images, of each image; (B, 3, H, W) in [0, 1]."""
     error = ((a.clamp(0, 1) - b) * 255).round().square().flatten(1).mean(1)
     return (20 * math.log10(255) - 10 * error.clamp(min=1e-12).log10()).tolist()
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from ucdir_cli.benchmarks.restore import told_of, validation_samples
+from ucdir_cli.benchmarks.restore import condition_of, validation_samples
 from ucdir_cli.benchmarks.timing import result
 
 from ucdir_plugin.diffusion import conditions
@@ -74,8 +74,8 @@ def _residuals(
     """Key, residual truth - prediction in [-1, 1] units, and the network at work on the images or on their crops."""
     for sample in samples:
         lq, gt = (_crops(sample[name][None].to(model.device) * 2 - 1, size) for name in ("lq", "gt"))
-        told = {name: [value] * len(lq) for name, value in told_of(model, sample).items()}
-        condition = conditions.encode(model.conditions, told, len(lq))
+        values = {name: [value] * len(lq) for name, value in condition_of(model, sample).items()}
+        condition = conditions.encode(model.conditions, values, len(lq))
         condition = None if condition is None else condition.to(model.device)
         images = sampling.Conditioned(model.net, lq, model.schedule, model.options, condition=condition)
         yield sample["key"], gt - images.initial, images
@@ -151,7 +151,7 @@ def texture(opt: str, weights: Optional[str]) -> List[dict]:
     ]
     sums: Dict[str, Any] = dict.fromkeys(["truth", *names], 0.0)
     for sample in tqdm(samples, disable=None):
-        drawn = model.run(sample["lq"][None].clone(), sample["key"], condition=told_of(model, sample))
+        drawn = model.run(sample["lq"][None].clone(), sample["key"], condition=condition_of(model, sample))
         (restored,) = drawn.samples
         images = {"truth": sample["gt"][None], "input": sample["lq"][None], "restored": restored}
         if len(names) == 3:

@@ -49,6 +49,7 @@ def macs(call: Callable[[], Any]) -> int:
 
 
 def parameters(net: Optional[nn.Module]) -> int:
+    """Count a network's numbers; 0 without one."""
     return 0 if net is None else sum(p.numel() for p in net.parameters())
 
 

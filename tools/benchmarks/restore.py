@@ -42,7 +42,7 @@ def _image(height: int, width: int) -> torch.Tensor:
     return (wave * 0.4 + 0.5 + 0.03 * torch.randn(1, 3, height, width)).clamp_(0, 1)
 
 
-def told_of(model: NetworkRestorer, sample: Dict[str, Any]) -> Dict[str, Any]:
+def condition_of(model: NetworkRestorer, sample: Dict[str, Any]) -> Dict[str, Any]:
     """What a sample says of the conditions that the network declares."""
     said = sample.get("condition", {})
     return {condition.name: said[condition.name] for condition in model.conditions if condition.name in said}
@@ -134,7 +134,8 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
 
     model = load_model(opt, weights)
     predictions = [
-        next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0, condition=told_of(model, s)).samples) for s in samples
+        next(model.run(s["lq"].unsqueeze(0).clone(), "", blend=0, condition=condition_of(model, s)).samples)
+        for s in samples
     ]
     before = {"input": [s["lq"] for s in samples], "initial prediction": predictions}
     rows: List[Dict[str, Any]] = []
@@ -148,8 +149,8 @@ def quality(opt: str, weights: Optional[str], samplers: List[str], seeds: int) -
         found, seconds = [], []
         for sample, seed in itertools.product(samples, range(seeds)):
             started = time.perf_counter()
-            lq, told = sample["lq"].unsqueeze(0).clone(), told_of(model, sample)
-            (image,) = model.run(lq, sample["key"], seed=seed, condition=told).samples
+            lq, condition = sample["lq"].unsqueeze(0).clone(), condition_of(model, sample)
+            (image,) = model.run(lq, sample["key"], seed=seed, condition=condition).samples
             seconds.append(time.perf_counter() - started)
             found.append(measured(image, sample["gt"]))
         nfe = model.plan(*samples[0]["lq"].shape[-2:]).nfe
@@ -179,8 +180,8 @@ def seams(opt: str, weights: Optional[str], tile: int, overlap: int, figure: Opt
         borders = borders_in_image(grid, *size, split.options.border)
         images = {"truth": sample["gt"]}
         for name, model in models.items():
-            lq, told = sample["lq"].unsqueeze(0).clone(), told_of(model, sample)
-            (images[name],) = model.run(lq, sample["key"], condition=told).samples
+            lq, condition = sample["lq"].unsqueeze(0).clone(), condition_of(model, sample)
+            (images[name],) = model.run(lq, sample["key"], condition=condition).samples
         arrays = {name: tensor2img(image) for name, image in images.items()}
         for name, array in arrays.items():
             scores[name].append(seam_score(array, *borders))

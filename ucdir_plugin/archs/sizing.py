@@ -76,7 +76,8 @@ def count_parameters(cfg: Mapping[str, Any], where: str, most: int) -> Optional[
 
 
 def check_network(cfg: Mapping[str, Any], where: str, tensors: int = 1) -> None:
-    """
+    """Refuse a network whose weights do not fit into the memory.
+
     Args:
         cfg: as of :func:`build_arch`.
         where: the option, for the message.

@@ -98,6 +98,7 @@ HEAD_CHANNELS = {"swish": nn.SiLU, "relu": nn.ReLU}
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Refuse an unknown name of an option."""
     if name not in known:
         raise UserError(f"there is no {what} {name!r}; {did_you_mean(name, known)}")
 
@@ -180,16 +181,16 @@ class AKGBlock(nn.Module):
         return h.add_(self.res_conv(x))
 
     def _integrate(self, h: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-        """The second convolution, told what the sources of condition, M (B, num_bases, H or 1, W or 1), say."""
+        """The second convolution, given what the sources of condition, M (B, num_bases, H or 1, W or 1), say."""
         if self.integration == "akgm":
             mix = mix.expand(-1, -1, *h.shape[-2:])
             return adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
-        told = self.spread(mix)
+        injected = self.spread(mix)
         if self.integration == "addition":
-            return self.plainconv(h + told)
+            return self.plainconv(h + injected)
         if self.integration == "concatenation":
-            return self.plainconv(torch.cat((h, told.expand_as(h)), 1))
-        scale, shift = told.chunk(2, 1)
+            return self.plainconv(torch.cat((h, injected.expand_as(h)), 1))
+        scale, shift = injected.chunk(2, 1)
         return self.plainconv(torch.addcmul(h + shift, h, scale))
 
 
@@ -240,6 +241,8 @@ class Level(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Half the size: a 3x3 convolution of stride 2."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -249,6 +252,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Twice the size: nearest neighbours, then a 3x3 convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)

@@ -43,7 +43,7 @@ class CleanImages(Dataset):
                 check_crop(size, self.crop, os.path.join(self.root, name))
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
         """Conditions that its samples have, by its options: name -> smallest and largest value, or all."""
         return constant(opt)
 

@@ -39,8 +39,9 @@ class JPEGDataset(CleanImages):
         super().__init__(opt)
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
-        return {**CleanImages.tells(opt), "quality": _quality(opt)}
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
+        """Conditions that the samples give: name -> range."""
+        return {**CleanImages.condition_ranges(opt), "quality": _quality(opt)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

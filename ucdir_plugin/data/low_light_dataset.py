@@ -50,8 +50,9 @@ class LowLightDataset(CleanImages):
         super().__init__(opt)
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
-        return {**CleanImages.tells(opt), "ratio": _ranges(opt)["ratio"]}
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
+        """Conditions that the samples give: name -> range."""
+        return {**CleanImages.condition_ranges(opt), "ratio": _ranges(opt)["ratio"]}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

@@ -56,12 +56,13 @@ class MixedDegradationDataset(CleanImages):
                 raise UserError(f"image {os.path.join(self.root, name)} has no block of {factor} pixels; remove it")
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
-        told = CleanImages.tells(opt)
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
+        """Conditions that the samples give: name -> range."""
+        ranges = CleanImages.condition_ranges(opt)
         for step in _steps(opt):
             left_out = (math.nan,) if step.probability < 1 else ()
-            told.update((f"{step.name}_{key}", bounds + left_out) for key, bounds in step.ranges.items())
-        return told
+            ranges.update((f"{step.name}_{key}", bounds + left_out) for key, bounds in step.ranges.items())
+        return ranges
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

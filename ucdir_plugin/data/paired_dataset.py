@@ -114,16 +114,16 @@ class PairedRestorationDataset(Dataset):
             self.conditions.append({**opt.get("condition", {}), **table.get(name, {})})
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
         """Conditions that its samples have: name -> the values that there are."""
-        told = constant(opt)
+        ranges = constant(opt)
         if opt.get("condition_file"):
             rows = list(read_conditions(os.path.expanduser(opt["condition_file"])).values())
-            told.update((name, tuple(dict.fromkeys(row[name] for row in rows))) for name in rows[0])
-        return told
+            ranges.update((name, tuple(dict.fromkeys(row[name] for row in rows))) for name in rows[0])
+        return ranges
 
     def _check_sizes(self, lq: tuple[tuple[int, int], str], gt: tuple[tuple[int, int], str]) -> None:
-        """Of a pair, ((height, width), path) each."""
+        """Compare the sizes of a pair, ((height, width), path) each."""
         if lq[0] != gt[0]:
             (lh, lw), (gh, gw) = lq[0], gt[0]
             raise UserError(f"the pair {lq[1]} ({lw}x{lh}) and {gt[1]} ({gw}x{gh}) differs in size")

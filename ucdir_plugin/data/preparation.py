@@ -250,7 +250,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_pair_arguments(args: argparse.Namespace) -> None:
-    """
+    """Look at the arguments of :func:`add_pair_arguments` together.
+
     Raises:
         UserError: for values that make no sense.
     """

@@ -45,7 +45,8 @@ class RawPairDataset(Dataset):
         self.pairs = read_pairs(option(opt, "meta_info_file"), option(opt, "dataroot_gt"), ratio)
 
     @staticmethod
-    def tells(opt: dict) -> dict[str, tuple]:
+    def condition_ranges(opt: dict) -> dict[str, tuple]:
+        """Conditions that the samples give: name -> range."""
         return {**constant(opt), "ratio": ()}  # the list says which
 
     def __getitem__(self, index: int) -> dict[str, Any]:

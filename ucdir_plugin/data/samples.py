@@ -47,7 +47,8 @@ def constant(opt: dict) -> dict[str, tuple]:
 
 
 def check_crop(size: tuple[int, int], crop: int, path: str) -> None:
-    """
+    """Refuse an image that is smaller than the training crop.
+
     Raises:
         UserError: if an image of ``size`` (height, width) cannot give a square crop.
     """
@@ -67,5 +68,5 @@ def to_sample(
     tensors = {
         name: img2tensor(np.ascontiguousarray(image), bgr2rgb=True, float32=True) for name, image in images.items()
     }
-    told = {"condition": condition} if condition else {}
-    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **told}
+    extra = {"condition": condition} if condition else {}
+    return {**tensors, **{f"{name}_path": path for name, path in paths.items()}, "key": key, **extra}

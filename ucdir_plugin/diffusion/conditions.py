@@ -31,7 +31,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Condition:
-    """A scalar that the network is told.
+    """A scalar that the network is given beside its images.
 
     Attributes:
         name: as the dataset and the command line call it.
@@ -115,23 +115,23 @@ def _declare_one(name: str, values: Any, where: str) -> Condition:
     return Condition(name, (0.0, len(given) - 1.0), tuple(given), float(drop))
 
 
-def check_told(conditions: Sequence[Condition], told: Mapping[str, Sequence[Any]], train: bool, where: str) -> None:
+def check_ranges(conditions: Sequence[Condition], ranges: Mapping[str, Sequence[Any]], train: bool, where: str) -> None:
     """Whether a data set tells what a network declares, before hours of training.
 
     Args:
-        told: name -> the smallest and largest value, or all; NaN or "" among them if some samples lack it.
+        ranges: name -> the smallest and largest value, or all; NaN or "" among them if some samples lack it.
         train: whether the network trains on it: what it never tells would never be learnt.
 
     Raises:
         UserError: for a condition that it does not tell, leaves out, or tells values of that are out of range.
     """
     for condition in conditions:
-        if condition.name not in told:
+        if condition.name not in ranges:
             if train or not condition.drop:
-                hint = did_you_mean(condition.name, told) if told else "it tells none"
+                hint = did_you_mean(condition.name, ranges) if ranges else "it tells none"
                 raise UserError(f"{where}: it does not tell {condition.name}, which network_g declares; {hint}")
             continue
-        for value in told[condition.name]:
+        for value in ranges[condition.name]:
             left_out = value == "" or (isinstance(value, numbers.Real) and math.isnan(value))
             if left_out and not condition.drop:
                 raise UserError(

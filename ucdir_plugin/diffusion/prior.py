@@ -166,6 +166,7 @@ class DenoiserPrior(Prior):
 
     @property
     def sigma_max(self) -> float:
+        """Most noise that the denoiser was trained on, on the scale of [0, 1]."""
         return self._sigma_max
 
     def __call__(self, x_t: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

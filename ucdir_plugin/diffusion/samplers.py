@@ -218,7 +218,7 @@ def heun(
 
 
 class Sampler(NamedTuple):
-    """A sampler, its cost and what it can be told.
+    """A sampler, its cost and what it takes.
 
     Attributes:
         sample: the function.

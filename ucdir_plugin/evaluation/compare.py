@@ -39,6 +39,7 @@ class Run:
     rows: dict[str, tables.Row]
 
     def value(self, image: str, stage: str, metric: Optional[str]) -> Optional[float]:
+        """A metric's value for one image and stage; None where there is none."""
         return self.rows[image]["metrics"].get(stage, {}).get(metric)
 
     def file(self, image: str, stage: str) -> Optional[str]:
@@ -49,7 +50,8 @@ class Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """
+    """Read the tables of runs that are to be compared.
+
     Args:
         paths: of tables (.json), or of folders with one.
 
@@ -154,7 +156,7 @@ def compare(runs: Sequence[Run], stage: str = "restored") -> dict[str, Any]:
 def _cells(
     runs: Sequence[Run], images: Sequence[str], stage: str, names: Sequence[Optional[str]]
 ) -> list[Optional[dict[str, Any]]]:
-    """Of a metric of single images, for each run."""
+    """Cells of a metric of single images, for each run."""
     of_runs = [[run.value(image, stage, name) for image in images] for run, name in zip(runs, names)]
     having = [values for values in of_runs if any(v is not None for v in values)]
     common = [i for i in range(len(images)) if all(values[i] is not None for values in having)]

@@ -57,7 +57,7 @@ def parse_metrics(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _main_results(folder: str, found: dict[str, str]) -> dict[str, str]:
-    """Of what tools/restore.py wrote for one image (samples, mean, spread) the main one, under the image's name."""
+    """Choose the main one of tools/restore.py's files for an image (samples, mean, spread), under its name."""
     left = dict(found)
     for root, _, files in os.walk(folder):
         for file in files:

@@ -48,7 +48,7 @@ def window(pictures: Pictures, side: int = SIDE) -> tuple[slice, slice]:
 
 
 def part(pictures: Pictures, side: int = SIDE) -> dict[str, np.ndarray]:
-    """The same part of all pictures (:func:`window`), those of another size (inputs of super-resolution) resized."""
+    """Cut one part out of all pictures (:func:`window`), those of another size (inputs of super-resolution) resized."""
     height, width = list(pictures.values())[-1].shape[:2]
     same = {
         name: image
@@ -73,7 +73,8 @@ class Store:
         return self.folder / f"{hashlib.sha256(key.encode(errors='surrogatepass')).hexdigest()[:32]}.npz"
 
     def keep(self, key: str, pictures: Pictures, files: Optional[Mapping[str, bytes]] = None, stamp: str = "") -> None:
-        """
+        """Keep an image's pictures and files on the disk until the report is written.
+
         Args:
             files: what else was made of the image: name -> content.
             stamp: what all this was made from; :meth:`find` asks for it.
@@ -106,6 +107,7 @@ class Store:
             return file["stamp"].tobytes().decode(errors="surrogatepass"), images, files
 
     def remove(self) -> None:
+        """Delete what is kept."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -26,7 +26,7 @@ COLUMN_ORDER = [f"calculate_{name}" for name in _ORDER]
 
 
 def place(stamp: Optional[Mapping[str, Any]]) -> int:
-    """Of a metric's column among others."""
+    """Place of a metric's column among others."""
     kind = (stamp or {}).get("type")
     return COLUMN_ORDER.index(kind) if kind in COLUMN_ORDER else len(COLUMN_ORDER)
 
@@ -94,10 +94,12 @@ def means(rows: list[Row]) -> dict[str, dict[str, Optional[float]]]:
 
 
 def number(value: Optional[float]) -> str:
+    """A value with four digits behind the point, or the words that it could not be measured."""
     return "not measurable" if value is None else f"{value:.4f}"
 
 
 def with_interval(value: Optional[float], bounds: Optional[Sequence[float]]) -> str:
+    """A value with its interval in brackets, where there is one."""
     return number(value) + (f" [{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "")
 
 

@@ -1,4 +1,4 @@
-"""Consistency: does the result, degraded again, give the input?"""
+"""Consistency: whether the result, degraded again, gives the input."""
 
 from __future__ import annotations
 

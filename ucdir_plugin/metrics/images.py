@@ -39,7 +39,8 @@ def rgb(image: np.ndarray, crop_border: int = 0) -> np.ndarray:
 
 
 def same_size(image: np.ndarray, other: np.ndarray) -> None:
-    """
+    """Refuse two images that cannot be compared pixel by pixel.
+
     Raises:
         NotMeasurable: if the images have different heights or widths.
     """

@@ -1,4 +1,4 @@
-"""LOE: is the order of lightness kept?"""
+"""LOE (lightness order error): how far a result changes which of two pixels is lighter."""
 
 from __future__ import annotations
 

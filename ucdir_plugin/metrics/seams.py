@@ -1,4 +1,4 @@
-"""Do the borders of patches show in an image?"""
+"""Whether the borders of patches show in an image: the seam score."""
 
 from __future__ import annotations
 

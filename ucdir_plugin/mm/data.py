@@ -59,5 +59,5 @@ class KeyedSampler(EndlessSampler):
         super().__init__(len(dataset), batch, *get_dist_info(), seed or 0)
 
     def __len__(self) -> int:
-        """Of an epoch on this process, whole batches."""
+        """Samples of an epoch on this process, whole batches."""
         return math.ceil(self.size / (self.batch * self.world_size)) * self.batch

@@ -55,6 +55,7 @@ class KeyedTrainLoop(IterBasedTrainLoop):
         self.accumulate = accumulate
 
     def run(self) -> Any:
+        """Train from the first or the resumed iteration to the last."""
         runner, sampler, start = self.runner, self.dataloader.sampler, self._iter
         if self._iter:
             close(self.dataloader_iterator._iterator)
@@ -101,6 +102,7 @@ class KeyedTrainLoop(IterBasedTrainLoop):
             raise
 
     def run_iter(self, data_batch: Dict[str, Any]) -> None:
+        """Take one step, in as many parts as ``accumulate`` says."""
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         size = len(data_batch["sample_number"])
@@ -141,9 +143,11 @@ class Restoring(SRModel):
 
     @property
     def device(self) -> torch.device:
+        """The device that the model computes on."""
         return self.model.task.device
 
     def feed_data(self, data: Dict[str, Any]) -> None:
+        """Take a sample: sets ``lq`` and, where there is one, ``gt``."""
         self.data, self.lq = data, data["lq"]
         self.__dict__.pop("gt", None)
         if "gt" in data:
@@ -151,6 +155,7 @@ class Restoring(SRModel):
         self.runner.call_hook(f"before_{self.phase}_iter", batch_idx=self.count, data_batch=data)
 
     def test(self) -> None:
+        """Restore the sample: sets ``output`` and ``initial``."""
         samples = self.model.val_step(self.data)
         (sample,) = samples
         self.output, self.files = sample["output"].unsqueeze(0), sample.get("files", {})
@@ -160,19 +165,22 @@ class Restoring(SRModel):
         self.count += 1
 
     def get_current_visuals(self) -> Dict[str, Any]:
+        """Images of the last sample by name, on the CPU."""
         visuals = super().get_current_visuals()
         if self.initial is not None:
             visuals["initial"] = self.initial.detach().cpu()
         return visuals
 
     def result_files(self) -> Dict[str, bytes]:
+        """Further files of the last sample: end of the name -> content."""
         return self.files
 
 
 class Generating(Restoring):
-    """The same of a prior, which restores nothing: losses by noise level, and samples."""
+    """A prior in validation and test, which restores nothing: losses by noise level, and samples."""
 
     def nondist_validation(self, dataloader: DataLoader, current_iter: Any, tb_logger: Any, save_img: bool) -> None:
+        """Measure the losses by noise level, and draw samples."""
         task = self.model.task
         log = get_root_logger().info
         self.losses = task.validate(self.model.net, dataloader.dataset, current_iter, save_img, log)

@@ -117,7 +117,8 @@ class MMDiffusionModel(BaseModel):
         return self
 
     def forward(self, inputs: Batch, samples: Optional[list] = None, mode: str = "tensor") -> Any:
-        """
+        """Losses of a batch, or restored images, as ``mode`` says.
+
         Args:
             inputs: as the preprocessor makes them, images in [-1, 1].
             samples: their numbers (loss) or keys (predict, tensor).

@@ -53,6 +53,7 @@ class DiffusionOptimWrapper(OptimWrapper):
         return super().should_sync() if self._part is None else self._part[1]
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Compute the gradients of a loss; no step is taken."""
         self.stepped = False
         self.stepper.backward(loss)
         self._inner_count += 1

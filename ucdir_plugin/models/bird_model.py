@@ -50,6 +50,7 @@ class BIRDModel(SRModel):
         self.initial, self.output, self.learned = restore_sample(self.restorer, self.lq, self.keys, self.known)
 
     def get_current_visuals(self) -> OrderedDict:
+        """Images of the last sample by name, on the CPU."""
         visuals = super().get_current_visuals()
         if self.initial is not None:
             visuals["initial"] = self.initial.detach().cpu()

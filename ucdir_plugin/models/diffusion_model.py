@@ -64,6 +64,7 @@ class DiffusionModel(SRModel):
         self.sums = LossSums(self.task.band_log)
 
     def setup_optimizers(self) -> None:
+        """Build the optimizer of the task's parameters."""
         self.optimizer_g = self.task.optimizer(self.get_bare_model(self.net_g))
         self.optimizers.append(self.optimizer_g)
 
@@ -124,6 +125,7 @@ class DiffusionModel(SRModel):
         return {**self.stepper.state_dict(), "log": self.sums.state_dict()}
 
     def resume_training(self, resume_state: dict) -> None:
+        """Go on from a training state: optimizers, schedulers, scaling and log."""
         super().resume_training(resume_state)
         extra = resume_state.get("extra", {})
         self.stepper.load_state_dict(extra)

@@ -50,6 +50,7 @@ class UCDIRModel(DiffusionModel):
         self.task.train_mode(net, training)
 
     def get_current_visuals(self) -> OrderedDict:
+        """Images of the last sample by name, on the CPU; the initial prediction too."""
         visuals = super().get_current_visuals()
         if self.task.has_predictor:
             visuals["initial"] = self.initial.detach().cpu()

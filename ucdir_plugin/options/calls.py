@@ -69,6 +69,7 @@ def _near(value: Any, hint: Any) -> str:
 
 
 def is_own(target: Any) -> bool:
+    """Whether a class or function is this package's."""
     return target.__module__.split(".")[0] == "ucdir_plugin"
 
 

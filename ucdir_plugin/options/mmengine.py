@@ -79,7 +79,8 @@ def _check_arguments(target: Any, node: Mapping[str, Any], where: str) -> None:
 
 
 def check_settings(section: Mapping[str, Any]) -> None:
-    """
+    """Look at the section ``mmengine`` before MMEngine does.
+
     Raises:
         UserError: for an unknown hook, strategy, ..., or one that this machine cannot run.
     """

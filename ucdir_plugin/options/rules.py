@@ -17,7 +17,7 @@ from ucdir_plugin import registry
 from ucdir_plugin.compat import lr_scheduler
 from ucdir_plugin.data.degradations import chain
 from ucdir_plugin.diffusion.bird.tasks import preset, task_named
-from ucdir_plugin.diffusion.conditions import check_told, declare
+from ucdir_plugin.diffusion.conditions import check_ranges, declare
 from ucdir_plugin.metrics import protocol
 from ucdir_plugin.options.calls import check_call, check_metric, check_registered, check_values, is_own
 from ucdir_plugin.options.schema import (
@@ -120,10 +120,12 @@ def given(options: Mapping[str, Any], path: str) -> Any:
 
 
 def registered_model(checked: Checked) -> None:
+    """The model is registered."""
     registry.lookup("model", checked.name, "option model_type")
 
 
 def network_or_bird(checked: Checked) -> None:
+    """A network is there, or for BIR-D the section ``bird``; not the other."""
     for key, needed in (("network_g", not checked.model.blind), ("bird", checked.model.blind)):
         if needed and key == "network_g" and checked.opt[key] is None:
             raise UserError("option network_g is missing")
@@ -132,6 +134,7 @@ def network_or_bird(checked: Checked) -> None:
 
 
 def meaningless(checked: Checked) -> None:
+    """No option is given that the model has no use for."""
     for path in checked.model.meaningless:
         value = given(checked.raw, path)
         if value is None or value is False or value == {}:
@@ -193,12 +196,14 @@ def engine(checked: Checked) -> None:
 
 
 def networks(checked: Checked) -> None:
+    """Every network is registered and takes its arguments."""
     for key, cfg in checked.opt.items():
         if key.startswith("network_") and cfg is not None:
             check_registered("arch", cfg, key)
 
 
 def phases(checked: Checked) -> None:
+    """Data sets are for training, validation or test."""
     for phase in checked.opt["datasets"]:
         if not re.fullmatch(r"(train|val|test)(_\w+)?", phase):
             raise UserError(f"option datasets:{phase}: the phases are train, val, val_2, ..., test, test_2, ...")
@@ -225,6 +230,7 @@ def datasets(checked: Checked) -> None:
 
 
 def batches(checked: Checked) -> None:
+    """A total batch is for training, and given alone."""
     for phase, dataset in checked.opt["datasets"].items():
         if dataset.get("batch_size_total") is None:
             continue
@@ -236,6 +242,7 @@ def batches(checked: Checked) -> None:
 
 
 def degradations(checked: Checked) -> None:
+    """Chains of degradations are known and complete."""
     for phase, dataset in checked.opt["datasets"].items():
         if dataset.get("degradations") is not None:
             chain(dataset["degradations"], f"datasets:{phase}:degradations")
@@ -248,9 +255,9 @@ def conditions(checked: Checked) -> None:
     denoiser = checked.opt["network_g"].get("denoiser")
     declared = declare(denoiser.get("conditions")) if isinstance(denoiser, Mapping) else ()
     for phase, dataset in checked.opt["datasets"].items() if declared else ():
-        tells = getattr(registry.lookup("dataset", dataset["type"]), "tells", None)
-        if tells is not None and phase.split("_")[0] != "test":
-            check_told(declared, tells(dataset), phase == "train", f"option datasets:{phase}")
+        ranges_of = getattr(registry.lookup("dataset", dataset["type"]), "condition_ranges", None)
+        if ranges_of is not None and phase.split("_")[0] != "test":
+            check_ranges(declared, ranges_of(dataset), phase == "train", f"option datasets:{phase}")
 
 
 def metrics(checked: Checked) -> None:
@@ -261,6 +268,7 @@ def metrics(checked: Checked) -> None:
 
 
 def training_is_there(checked: Checked) -> None:
+    """A training has its data set and its section."""
     if checked.is_train and "train" not in checked.opt["datasets"]:
         raise UserError("option datasets:train is missing")
     if checked.is_train and not checked.opt.get("train"):
@@ -272,6 +280,7 @@ def _train(checked: Checked) -> Optional[Dict[str, Any]]:
 
 
 def optimizer(checked: Checked) -> None:
+    """The optimizer is one of torch's and takes its arguments."""
     if (train := _train(checked)) is None:
         return
     optim = train["optim_g"]
@@ -285,6 +294,7 @@ def optimizer(checked: Checked) -> None:
 
 
 def scheduler(checked: Checked) -> None:
+    """The schedule of learning rates is one of BasicSR's and takes its arguments."""
     if (train := _train(checked)) is None or train.get("scheduler") is None:
         return
     options = train["scheduler"]
@@ -297,12 +307,14 @@ def scheduler(checked: Checked) -> None:
 
 
 def losses(checked: Checked) -> None:
+    """Every loss, a key that ends in ``_opt``, is registered and takes its arguments."""
     for key, value in (_train(checked) or {}).items():
         if key.endswith("_opt") and value is not None:
             check_registered("loss", value, f"train:{key}")
 
 
 def predictor(checked: Checked) -> None:
+    """Options of the initial predictor go with the network and with each other."""
     if (train := _train(checked)) is None:
         return
     options = train.get("predictor") or {}
@@ -315,6 +327,7 @@ def predictor(checked: Checked) -> None:
 
 
 def needed_for_training(checked: Checked) -> None:
+    """The loss on noise, or of a foreign model the scheduler, is there."""
     if (train := _train(checked)) is None:
         return
     if checked.model.trains and not train.get("diffusion_opt"):
@@ -324,6 +337,7 @@ def needed_for_training(checked: Checked) -> None:
 
 
 def predictor_weights(checked: Checked) -> None:
+    """Weights of the predictor go with the network, and with its own weights."""
     path = checked.opt["path"]
     if _train(checked) is None or not path["pretrain_network_predictor"]:
         return
@@ -349,11 +363,13 @@ def foreign_training(checked: Checked) -> None:
 
 
 def sampling(checked: Checked) -> None:
+    """The keys of ``val: sampling`` go together, and with the schedule."""
     opt = checked.opt
     check_sampling(SamplingOptions(**opt["val"]["sampling"]), checked.model.schedule(**opt["diffusion"]).schedule())
 
 
 def foreign_network(checked: Checked) -> None:
+    """A foreign model is not given what only this package's take."""
     if checked.model.own:
         return
     if checked.opt["network_g"].get("conditions"):

@@ -62,7 +62,8 @@ class ScheduleOptions(_Schema):
     end: float = Field(1e-2, gt=0, lt=1)
 
     def schedule(self) -> NoiseSchedule:
-        """
+        """Build the noise schedule.
+
         Raises:
             UserError: if there is none of these numbers.
         """
@@ -75,7 +76,7 @@ class ScheduleOptions(_Schema):
 
 
 class PriorScheduleOptions(ScheduleOptions):
-    """That of a prior: DDPM's, which :func:`ucdir_plugin.zoo.priors.load_prior` takes a file of weights to be of."""
+    """Noise schedule of a prior: DDPM's, as :func:`ucdir_plugin.zoo.priors.load_prior` expects it."""
 
     timesteps: TimeSteps = 1000
     start: float = Field(1e-4, gt=0, lt=1)
@@ -165,6 +166,8 @@ class _Typed(_Schema):
 
 
 class PathOptions(_Schema):
+    """Files of weights and states (section ``path``)."""
+
     pretrain_network_g: Optional[str] = None
     param_key_g: Optional[str] = "params"
     strict_load_g: bool = True
@@ -175,6 +178,8 @@ class PathOptions(_Schema):
 
 
 class ValOptions(_Schema):
+    """Validation and test: how often, which metrics, how to sample (section ``val``)."""
+
     val_freq: PositiveInt = 5000
     save_img: bool = True
     suffix: Optional[FileName] = None
@@ -187,6 +192,8 @@ class ValOptions(_Schema):
 
 
 class LoggerOptions(_Schema):
+    """How often to log and to save (section ``logger``)."""
+
     print_freq: PositiveInt = 100
     save_checkpoint_freq: PositiveInt = 5000
     use_tb_logger: bool = False
@@ -201,6 +208,8 @@ class PredictorOptions(_Schema):
 
 
 class TrainOptions(_Schema):
+    """Iterations, optimizer, losses, averages (section ``train``)."""
+
     total_iter: PositiveInt
     warmup_iter: Int = -1
     optim_g: _Typed
@@ -314,6 +323,8 @@ class MMEngineOptions(_Schema):
 
 
 class Options(_Schema):
+    """All sections of an option file."""
+
     engine: Literal["basicsr", "mmengine"] = "basicsr"
     mmengine: Optional[MMEngineOptions] = None
     name: FileName

@@ -81,10 +81,12 @@ class BlindRestorer(base.Restorer):
 
     @property
     def steps(self) -> int:
+        """Steps of the reverse process."""
         return (self.method or self.settings).steps
 
     @property
     def tile(self) -> Optional[int]:
+        """Longest side of a patch; None takes images whole."""
         tile = self.options.tile
         if tile is None:
             return self.prior.size or TILE
@@ -92,6 +94,7 @@ class BlindRestorer(base.Restorer):
 
     @property
     def overlap(self) -> int:
+        """Pixels that patches share at each inner border."""
         if self.options.overlap is not None:
             return self.options.overlap
         reach = self.prior.receptive_field
@@ -132,7 +135,8 @@ class BlindRestorer(base.Restorer):
         return base.Plan(self.steps, patches, ratio, self.steps * round(ratio * pixels))
 
     def check(self, samples: int, blend: float, condition: Optional[Mapping[str, Any]] = None) -> None:
-        """
+        """Look at the arguments of :meth:`run` before any image is read.
+
         Raises:
             UserError: for what has no meaning here.
         """

@@ -82,7 +82,8 @@ class Method(abc.ABC):
             raise UserError(f"{type(self).__name__}: noise must be a number of at least 0, got {self.noise}")
 
     def check(self, sigma_start: float) -> None:
-        """
+        """Refuse a start that is no noisier than y.
+
         Raises:
             UserError: if y itself has as much noise as the first level.
         """

@@ -56,7 +56,8 @@ class _Writer:
         self.pending = self.pool.submit(function, *args)
 
     def wait(self) -> None:
-        """
+        """Wait for the last task.
+
         Raises:
             what the last task raised.
         """

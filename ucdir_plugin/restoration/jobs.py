@@ -100,6 +100,7 @@ def main_output(record: Dict[str, Any]) -> str:
 
 
 def is_finished(job: Job, record: Optional[Dict[str, Any]]) -> bool:
+    """Whether an image's record and all its results are there."""
     folder = os.path.dirname(job.stem)
     return (
         record is not None
@@ -137,6 +138,7 @@ class ResultFiles:
         write_atomically(content, self.hidden[name])
 
     def finish(self, record: Dict[str, Any], earlier: Optional[Dict[str, Any]], say: Callable[[str], None]) -> None:
+        """Write the record and rename the files into place; the old ones go first."""
         if self.fault is not None:
             return
         record = {"input": self.job.key, "outputs": list(self.hidden), **record}
@@ -154,6 +156,7 @@ class ResultFiles:
         say(f"{self.job.key} -> {os.path.join(self.folder, main_output(record))}  {record['seconds']:.1f} s")
 
     def remove_unfinished(self) -> None:
+        """Delete what was not renamed into place."""
         for path in self.hidden.values():
             with contextlib.suppress(OSError):  # not there yet, or on a disk that has become read-only
                 os.remove(path)
@@ -162,7 +165,8 @@ class ResultFiles:
 def keep_foreign(
     results: ResultFiles, record: Optional[Dict[str, Any]], samples: int, extra_suffixes: Sequence[str] = ()
 ) -> None:
-    """
+    """Refuse to write over files that are nobody's results.
+
     Raises:
         UserError: if a file that no record claims is where a result would go.
     """
@@ -179,7 +183,7 @@ def keep_foreign(
 def _result_names(
     stem: str, extension: str, samples: int, extra_suffixes: Sequence[str]
 ) -> Tuple[List[str], List[str]]:
-    """Of the files that an image gives: its results and record, and what lies beside them."""
+    """Names of the files that an image gives: its results and record, and what lies beside them."""
     numbered = [f"_sample{i + 1}" for i in range(samples)] if samples > 1 else [""]
     suffixes = [*numbered, *(("_mean", "_spread") if samples > 1 else ())]
     results = [f"{stem}{suffix}{extension}" for suffix in suffixes]
@@ -187,7 +191,8 @@ def _result_names(
 
 
 def check_names(job: Job, extension: str, samples: int, extra_suffixes: Sequence[str]) -> None:
-    """
+    """Refuse results with names that no file system takes.
+
     Raises:
         UserError: if a result would have a name that is longer than file systems allow.
     """
@@ -198,6 +203,7 @@ def check_names(job: Job, extension: str, samples: int, extra_suffixes: Sequence
 
 
 def result_paths(stem: str, extension: str, samples: int, extra_suffixes: Sequence[str]) -> List[str]:
+    """Paths of all files that an image gives."""
     own, more = _result_names(stem, extension, samples, extra_suffixes)
     return own + more
 
@@ -219,7 +225,8 @@ def find_clashes(jobs: List[Job], extension: str, samples: int, model: Restorer)
 
 
 def check_writable(folder: str) -> None:
-    """
+    """Find out before hours of work whether results can be written.
+
     Raises:
         UserError: if results cannot be written there, before hours of work.
     """

@@ -47,8 +47,11 @@ class Learned:
     kernels: np.ndarray
 
     def arrays(self) -> Dict[str, np.ndarray]:
-        """By name: kernel (O, C, c, k, k), mask (O, H, W) where one was learned, and of the steps S: sigma (S,), loss,
-        scale (NaN where there is none) and mask_mean (S, O), kernel_sum (S, O, C), kernels (S, O, C, c, k, k)."""
+        """Arrays of what was learned, by name.
+
+        kernel (O, C, c, k, k), mask (O, H, W) where one was learned, and of the steps S: sigma (S,), loss, scale (NaN
+        where there is none) and mask_mean (S, O), kernel_sum (S, O, C), kernels (S, O, C, c, k, k).
+        """
         found = {
             "kernel": torch.stack(self.kernel).numpy(),
             "sigma": self.sigma,
@@ -63,6 +66,7 @@ class Learned:
         return found
 
     def npz(self) -> bytes:
+        """The arrays as the content of an .npz file."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **self.arrays())
         return buffer.getvalue()
@@ -78,7 +82,7 @@ class Learned:
 
 
 def learned_of(result: records.Result, index: int) -> Learned:
-    """Of one image of a batch."""
+    """What the solver learned of one image of a batch."""
     trace = result.trace
 
     def steps(values: Sequence[torch.Tensor]) -> np.ndarray:

@@ -68,6 +68,7 @@ class NetworkRestorer(base.Restorer):
 
     @property
     def diffusion(self) -> bool:
+        """Whether the network samples; else it restores in one pass."""
         return isinstance(self.net, UCDIR)
 
     def _grid(self, height: int, width: int) -> Optional[tiling.Grid]:
@@ -114,7 +115,8 @@ class NetworkRestorer(base.Restorer):
         return found[0] if found else None
 
     def check(self, samples: int, blend: float, condition: Optional[Mapping[str, Any]] = None) -> None:
-        """
+        """Look at the arguments of :meth:`run` before any image is read.
+
         Raises:
             UserError: for what this network has no use for, or values out of range. What a file may tell is not
                 missing yet.
@@ -210,7 +212,7 @@ class NetworkRestorer(base.Restorer):
 
     @property
     def steps(self) -> int:
-        """Of sampling."""
+        """Steps of sampling."""
         return self.options.steps
 
     def warning(self, photo: image_reading.Photo) -> Optional[str]:

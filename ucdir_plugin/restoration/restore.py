@@ -49,6 +49,7 @@ class Moments:
         self._squares: Optional[torch.Tensor] = None
 
     def add(self, x: torch.Tensor) -> None:
+        """Take one more tensor in."""
         self.count += 1
         if self.mean is None:
             self.mean, self._squares = x.clone(), torch.zeros_like(x)
@@ -64,7 +65,8 @@ class Moments:
 
 
 def _photo_of(array: np.ndarray) -> Photo:
-    """
+    """Make a photo of an array.
+
     Raises:
         UserError: if it is no image.
     """

@@ -80,6 +80,7 @@ class Conditioned:
 
     @property
     def initial(self) -> torch.Tensor:
+        """The initial prediction, (B, 3, H, W) in [-1, 1]."""
         return self._initial[self.inner]
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ def seed_everything(*key: Any) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """One that says once that it cannot be written, where logging prints a traceback for each line."""
+    """A log file that says once that it cannot be written, where logging prints a traceback for each line."""
 
     complained = False
 
@@ -175,6 +175,7 @@ def first_step(first: bool) -> contextlib.AbstractContextManager:
 
 
 def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
+    """Build the option file's data sets of these phases."""
     sets = {p: d for p, d in opt["datasets"].items() if d["phase"] in phases}
     return [build(f"option datasets:{p} ({d['type']})", build_dataset, d) for p, d in sets.items()]
 

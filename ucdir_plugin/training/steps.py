@@ -84,6 +84,7 @@ class Stepper:
 
     def backward(self, loss: torch.Tensor) -> None:
         # An infinite loss may have a finite gradient (L1); times inf - inf it has none, which all ranks see.
+        """Compute the gradients of a loss, scaled where the precision needs it."""
         self.scaler.scale(loss * (1 + (loss.detach() - loss.detach()))).backward()
 
     def step(self, iteration: int, losses: Mapping[str, Any], logger: logging.Logger) -> bool:
@@ -146,6 +147,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
         self.bad, self.bad_in_a_row = state.get("bad_steps", 0), state.get("bad_steps_in_a_row", 0)
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
@@ -195,7 +197,9 @@ class LossSums:
             self.sums = dict(zip(self.sums, sums * (rank == 0)))
 
     def state_dict(self) -> Dict[str, List[float]]:
+        """Sums and counts since the last line of the log, as plain lists."""
         return {name: pair.tolist() for name, pair in self.sums.items()}
 
     def load_state_dict(self, state: Mapping[str, List[float]], rank: int, device: torch.device) -> None:
+        """Take over what :meth:`state_dict` gave; rank 0 has the sums of all."""
         self.sums = {name: torch.tensor(pair, device=device) * float(rank == 0) for name, pair in state.items()}

@@ -88,7 +88,8 @@ class FiniteLosses:
         self.limit, self.bad = limit, 0
 
     def look(self, model: Any, iteration: int) -> None:
-        """
+        """Look at the losses of a step.
+
         Raises:
             UserError: after ``limit`` iterations in a row with a logged loss that is not finite.
         """

@@ -73,6 +73,7 @@ class DiffusionTask(ABC):
 
     @property
     def seed(self) -> int:
+        """The seed that noise and levels are functions of."""
         return self.opt.get("manual_seed") or 0
 
     # What a subclass says
@@ -138,6 +139,7 @@ class DiffusionTask(ABC):
         return net
 
     def autocast(self, dtype: Optional[torch.dtype]) -> torch.autocast:
+        """Autocast to a type; None computes in float32."""
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def train_mode(self, net: nn.Module, training: bool = True) -> None:

@@ -51,7 +51,8 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
 
 
 def _check_archive(path: str, size: int) -> None:
-    """
+    """Refuse zips that unpack to more than they are.
+
     Raises:
         UserError: if it is a zip that torch.save did not write: that stores as it is, and nothing twice.
     """
@@ -68,7 +69,8 @@ def _check_archive(path: str, size: int) -> None:
 
 
 def _check_tensors(content: Any, path: str, size: int) -> None:
-    """
+    """Refuse contents that are larger in memory than in the file.
+
     Raises:
         UserError: for tensors without numbers of their own (repeated, sparse, of no device), and for lists in lists
             that repeat each other.

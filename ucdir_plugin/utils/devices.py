@@ -22,7 +22,8 @@ def amp_dtype(device: torch.device, amp: Optional[str], option: str) -> Optional
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """
+    """Find the device that a name means; ``auto`` is a GPU where there is one.
+
     Raises:
         UserError: if there is no such device.
     """
@@ -40,7 +41,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def _own_gpu(device: torch.device) -> torch.device:
-    """Of several processes on a machine each takes a GPU of its own, unless one was named."""
+    """Give each of several processes on a machine a GPU of its own, unless one was named."""
     share = ranks.own_share()
     if share.world == 1 or device.type != "cuda" or device.index is not None:
         return device

@@ -71,7 +71,7 @@ STORAGE = frozenset(
 
 
 def free_space(path: str) -> str:
-    """Of the disk that ``path`` is on, or would be, in words."""
+    """Free space of the disk that ``path`` is on, or would be, in words."""
     folder = os.path.abspath(path)
     while not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
@@ -90,7 +90,8 @@ def named(key: str, reason: str) -> str:
 
 
 def at_least_one(**values: int) -> None:
-    """
+    """Refuse counts below 1.
+
     Raises:
         UserError: naming the first value below 1.
     """
@@ -100,7 +101,8 @@ def at_least_one(**values: int) -> None:
 
 
 def at_least(least: float, where: str, **values: Optional[float]) -> None:
-    """
+    """Refuse numbers below a bound.
+
     Raises:
         UserError: naming the first value, but None, that is below ``least`` or not finite.
     """

@@ -42,8 +42,11 @@ _limits = threading.Lock()
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its pixels. ``height`` and ``width`` as stored; ``transparent``: a gray level;
-    ``packed``: of a TIFF whose damage OpenCV would not tell; ``quality``: of a JPEG, 1 .. 100."""
+    """What an image file says before its pixels.
+
+    ``height`` and ``width`` are as stored; ``transparent``: a gray level; ``packed``: a TIFF whose damage OpenCV would
+    not report; ``quality``: of a JPEG, 1 .. 100.
+    """
 
     kind: str
     height: int
@@ -115,7 +118,7 @@ def read_header(file: BinaryIO) -> Header | None:
 
 
 def _quality_of(image: Image.Image) -> int | None:
-    """Of a JPEG, by the table that its first component, the luma, takes."""
+    """Quality of a JPEG, by the table that its first component, the luma, takes."""
     layers = getattr(image, "layer", None) or [(1, 1, 1, 0)]
     table = image.quantization.get(layers[0][3])
     return jpeg_quality(table) if table and len(table) == len(_LUMA) else None

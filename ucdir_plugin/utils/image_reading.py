@@ -137,7 +137,8 @@ def _decode(content: bytes, path: str, header: Header) -> np.ndarray:
 
 
 def _check_unpacks(content: bytes, path: str) -> None:
-    """
+    """Unpack a TIFF's strips and tiles before OpenCV does.
+
     Raises:
         UserError: if parts of a TIFF cannot be unpacked, which OpenCV leaves black, without a word.
     """
@@ -176,7 +177,8 @@ def decode_image(content: bytes, path: str) -> np.ndarray:
 
 @contextmanager
 def _opened(path: str) -> Iterator[BinaryIO]:
-    """
+    """Open a file that is one.
+
     Raises:
         UserError: if the file cannot be read, is empty, or no file (a pipe would be waited for, for ever).
     """

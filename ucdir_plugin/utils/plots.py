@@ -23,6 +23,7 @@ def scaled(axis: Axes, values: np.ndarray) -> None:
 
 
 def labelled(axis: Axes, title: str, below: str) -> None:
+    """Give an axis its title and the words below it."""
     axis.set_title(title, fontsize=8)
     axis.set_xlabel(below, fontsize=7)
     axis.tick_params(labelsize=6)

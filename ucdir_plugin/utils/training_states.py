@@ -36,7 +36,7 @@ def remove_leftovers(root: str) -> None:
 
 
 def to_cpu(obj: Any) -> Any:
-    """The same nested structure with its tensors on the CPU."""
+    """Copy a nested structure with its tensors on the CPU."""
     if isinstance(obj, torch.Tensor):
         return obj.detach().cpu()
     if isinstance(obj, dict):
@@ -72,7 +72,8 @@ def save_training_state(self, epoch: int, current_iter: int) -> None:
 
 
 def check_optimizers(state: dict, optimizers: list[torch.optim.Optimizer]) -> None:
-    """
+    """Compare a training state's optimizers with these.
+
     Raises:
         UserError: if a training state belongs to other optimizers than these.
     """

@@ -11,4 +11,5 @@ __version__ = "0.1.0"
 
 
 def versions() -> Dict[str, str]:
+    """Versions of this package, torch and Python."""
     return {"ucdir_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}

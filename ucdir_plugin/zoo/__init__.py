@@ -23,6 +23,7 @@ def index() -> Dict[str, Dict[str, Any]]:
 
 
 def names(kind: str) -> List[str]:
+    """Names of the shipped weights of a kind: ``model`` or ``prior``."""
     return sorted(name for name, entry in index().items() if entry["kind"] == kind)
 
 

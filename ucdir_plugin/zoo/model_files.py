@@ -100,6 +100,7 @@ def read_prior(path: str) -> PriorFile:
 def write_safetensors(
     state: Mapping[str, torch.Tensor], target: str, dtype: torch.dtype, header: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Write tensors and a header; the file is there whole or not at all."""
     from safetensors.torch import save
 
     state = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in state.items()}

@@ -149,14 +149,16 @@ def load_diffusers(folder: str, device: torch.device | str = "cpu") -> NetworkPr
     from diffusers import UNet2DModel
 
     try:
-        net, told = UNet2DModel.from_pretrained(
+        net, loading = UNet2DModel.from_pretrained(
             here, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as err:
         raise UserError(f"prior {folder}: it cannot be loaded: {err}") from err  # a configuration of any kind
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # which diffusers fills with random numbers
-        if told.get(fault):
-            raise UserError(f"prior {folder}: its weights are not of its config.json: {fault}: {told[fault][0]}, ...")
+        if loading.get(fault):
+            raise UserError(
+                f"prior {folder}: its weights are not of its config.json: {fault}: {loading[fault][0]}, ..."
+            )
     ready = _ready(net, device)
     size = config.get("sample_size")
     prior = NetworkPrior(

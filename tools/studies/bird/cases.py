@@ -78,9 +78,11 @@ class Images:
     names: List[str]
 
     def truth(self, name: str) -> str:
+        """Path of the undegraded crop."""
         return os.path.join(self.folder, "truth", name)
 
     def input(self, case: str, name: str) -> str:
+        """Path of the degraded crop."""
         return os.path.join(self.folder, "inputs", case, name)
 
     def known(self, case: str, name: str) -> Optional[np.ndarray]:

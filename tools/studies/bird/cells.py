@@ -81,6 +81,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
+        """Where the cell's results lie, below the output folder."""
         changes = json.dumps([self.bird, self.settings], sort_keys=True)
         mark = "" if changes == "[[], []]" else f"_{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
         prior = f"_{os.path.splitext(os.path.basename(self.prior))[0]}" if self.prior else ""
@@ -188,6 +189,7 @@ def run_bird(cell: Cell, model: Any, images: Images, batch: int) -> Done:
 
 
 def run_classical(cell: Cell, images: Images) -> Done:
+    """Restore a cell's images with one of scikit-image's systems."""
     case, done = CASES[cell.case], Done()
     function = CLASSICAL[cell.system][0] if cell.system != "input" else as_input
     for name in images.names[: cell.images]:
@@ -222,13 +224,14 @@ def mosaic(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def niqe(images: Sequence[np.ndarray]) -> Optional[float]:
-    """Of the :func:`mosaic`; None for less than four images."""
+    """NIQE of the :func:`mosaic`; None for less than four images."""
     from basicsr.metrics.niqe import calculate_niqe
 
     return float(calculate_niqe(mosaic(images), crop_border=0)) if len(images) >= 4 else None
 
 
 def measure(cell: Cell, done: Done, images: Images, evaluation: Evaluation) -> tables.Results:
+    """Measure a cell's results against the undegraded crops."""
     extra: Dict[str, Dict[str, float]] = {}
     for name, image in done.images.items():
         y, known = read_uint8(images.input(cell.case, name)).astype(np.float32), images.known(cell.case, name)
@@ -251,9 +254,9 @@ def measure(cell: Cell, done: Done, images: Images, evaluation: Evaluation) -> t
 def fingerprint(cell: Cell, model: Any, images: Images) -> str:
     """What a cell's result depends on: settings, weights, images, degradation."""
     case = CASES[cell.case]
-    told = None if model is None else model.record_settings(seed=cell.seed)
+    settings = None if model is None else model.record_settings(seed=cell.seed)
     names = images.names[: cell.images]
-    content = json.dumps([told, names, asdict(case), cell.system, SIZE], sort_keys=True, default=str)
+    content = json.dumps([settings, names, asdict(case), cell.system, SIZE], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

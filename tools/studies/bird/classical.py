@@ -29,7 +29,7 @@ def _channels(function: Callable[[np.ndarray], np.ndarray], y: np.ndarray) -> np
 
 
 def _padded(function: Callable[[np.ndarray], np.ndarray], y: np.ndarray, width: int = 16) -> np.ndarray:
-    """Of an image mirrored beyond its border: what works with Fourier transforms rings there else."""
+    """Restore an image mirrored beyond its border: what works with Fourier transforms rings there else."""
     bigger = np.pad(y, ((width, width), (width, width), (0, 0)), mode="reflect")
     return _channels(function, bigger)[width:-width, width:-width]
 

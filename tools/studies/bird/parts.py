@@ -77,7 +77,8 @@ PARTS = ("main", "seeds", "sizes", "first")
 
 
 def cells_of(part: str, priors: Sequence[str], cases: Sequence[str], count: int, total: int, seeds: int, folder: str):
-    """
+    """List the cells of a part of the study.
+
     Raises:
         UserError: for an unknown part.
     """

@@ -42,6 +42,7 @@ class TestSet:
     paths: Dict[str, List[str]]
 
     def chosen(self, count: Optional[int]) -> List[str]:
+        """The names of the first ``count`` images, spread over the set; all for None."""
         if count is None or count >= len(self.keys):
             return self.keys
         return [self.keys[i * len(self.keys) // count] for i in range(count)]
@@ -80,7 +81,8 @@ def known_sets(opt: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 
 def read_set(data: Mapping[str, Any]) -> TestSet:
-    """
+    """Read which images a test set has.
+
     Raises:
         UserError: for missing images, or two that differ in their extension only.
     """
@@ -105,14 +107,17 @@ class Images:
 
     def __init__(self, output: str, images: TestSet, run: Run, seed: int, model: Any):
         self.set, self.run, self.seed, self.model = images, run, seed, model
-        told = {} if model is None else model.record_settings(seed, run.samples, run.blend)
+        settings = {} if model is None else model.record_settings(seed, run.samples, run.blend)
         data = {k: v for k, v in images.dataset.opt.items() if k != "name"}
-        told = json.dumps([told, run.samples, run.blend, data, ucdir_plugin.__version__], sort_keys=True, default=str)
-        self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        content = json.dumps(
+            [settings, run.samples, run.blend, data, ucdir_plugin.__version__], sort_keys=True, default=str
+        )
+        self.digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9]+", "_", run.label).strip("_")
         self.folder = os.path.join(output, images.name, f"{name}_{self.digest}" if model else INPUT)
 
     def file(self, key: str) -> str:
+        """Path of an image's result."""
         return os.path.join(self.folder, f"{os.path.splitext(key)[0]}.png")
 
     def about(self, key: str) -> Dict[str, Any]:
@@ -140,14 +145,14 @@ class Images:
             image, about = to_uint8(sample["lq"]), {"seconds": 0.0, "nfe": 0}
             write_image(to_uint8(sample["gt"]), self.truth(key))
         else:
-            told = {c.name: sample.get("condition", {}).get(c.name) for c in getattr(self.model, "conditions", ())}
+            values = {c.name: sample.get("condition", {}).get(c.name) for c in getattr(self.model, "conditions", ())}
             done = restore.restore(
                 np.ascontiguousarray(sample["lq"].numpy().transpose(1, 2, 0)),
                 self.model,
                 seed=self.seed,
                 samples=self.run.samples,
                 blend=self.run.blend,
-                condition={name: value for name, value in told.items() if value is not None},
+                condition={name: value for name, value in values.items() if value is not None},
                 key=key,
             )
             if not np.isfinite(done.image).all():
@@ -160,6 +165,7 @@ class Images:
         return True
 
     def truth(self, key: str) -> str:
+        """Path of the true image."""
         return os.path.join(os.path.dirname(self.folder), "truth", f"{os.path.splitext(key)[0]}.png")
 
     def measured(self, keys: Sequence[str], evaluation: Evaluation) -> Tuple[tables.Results, Dict[str, Any]]:

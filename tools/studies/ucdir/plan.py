@@ -44,6 +44,7 @@ class Run:
 
     @property
     def label(self) -> str:
+        """The run's name in tables."""
         return self.name if self.iteration is None else f"{self.name}, {self.iteration} iterations"
 
 
@@ -78,7 +79,8 @@ class Plan:
 
 
 def read_plan(path: str) -> Plan:
-    """
+    """Read a plan from a YAML file.
+
     Raises:
         UserError: naming the first fault.
     """

@@ -88,7 +88,8 @@ def study(
 
 
 def _load(run: Run, device: str) -> Any:
-    """
+    """Load the model of a run.
+
     Raises:
         UserError: if it is not there, or cannot be used so.
     """

@@ -87,7 +87,7 @@ def _build(flags: Sequence[str], path: Path) -> None:
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """See :func:`ucdir_plugin.archs.akgm.convolution.adaptive_kernel_conv`; float32 or float64.
+    """Compute :func:`ucdir_plugin.archs.akgm.convolution.adaptive_kernel_conv`, in float32 or float64.
 
     Raises:
         ValueError: for shapes that do not fit, or tensors that are not on the CPU.
@@ -149,7 +149,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch
 
 
 def _shape(x: torch.Tensor, mix: torch.Tensor) -> Tuple[int, ...]:
-    """B, C, N, H, W"""
+    """Sizes B, C, N, H, W."""
     return (*x.shape[:2], mix.shape[1], *x.shape[2:])
 
 

@@ -63,7 +63,7 @@ class _Tiling:
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """See :func:`ucdir_plugin.archs.akgm.convolution.adaptive_kernel_conv`; float32 or float64."""
+    """Compute :func:`ucdir_plugin.archs.akgm.convolution.adaptive_kernel_conv`, in float32 or float64."""
     layout = memory_format(x)
     x, kernels, mix = _operands(x, weight, bias, mix)
     tiling = _Tiling(x, len(kernels))

@@ -161,7 +161,7 @@ def _tile_positions(positions: int, parts: int) -> int:
 
 
 def _precision() -> str:
-    """Of float32 products: exact, unless torch's switch for CUDA matrix products, off by default, allows TF32."""
+    """Precision of float32 products: exact, unless torch's switch for CUDA matrix products allows TF32."""
     switch = torch.backends.cuda.matmul
     # From torch 2.9 on the old name raises an error once the new one was set.
     tf32 = switch.fp32_precision == "tf32" if hasattr(switch, "fp32_precision") else switch.allow_tf32
@@ -200,7 +200,7 @@ def _launch(kernel, programs: int, args: tuple, const: Dict) -> None:
 
 @triton.jit
 def _locate(p, positions, height, width):
-    """Of positions p (P,): image, row, column, and the bits of the neighbours (3 * i + j) that are inside the image."""
+    """Image, row and column of positions p (P,), and bits of the neighbours (3 * i + j) that are inside the image."""
     w = p % width
     h = p // width % height
     b = p // width // height

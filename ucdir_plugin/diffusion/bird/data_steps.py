@@ -82,7 +82,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FixedScale:
-    """The same s in all steps.
+    """A guidance scale s that is the same in all steps.
 
     Args:
         scale: s. Default: of ``eta``.
@@ -282,7 +282,7 @@ class Proximal:
         return max(self.noise, self.kernel_error * sigma)
 
     def _rho(self, degradation: Degradation, sigma: float) -> torch.Tensor:
-        """(B, 1, 1, 1)"""
+        """Weight of the prior's x_0, (B, 1, 1, 1)."""
         gain = degradation.kernel.abs().sum((2, 3, 4)).mean(1)
         return self.weight * _image((self.kernel_error * gain).clamp(min=self.noise / sigma).square())
 

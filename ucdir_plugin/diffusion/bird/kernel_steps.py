@@ -161,7 +161,8 @@ class LeastSquares:
                 raise UserError(f"least-squares kernel step: {name} must be in [0, 1), got {getattr(self, name)}")
 
     def check(self, x: torch.Tensor, degradation: Degradation) -> None:
-        """
+        """Refuse what the normal equations cannot be solved for.
+
         Raises:
             UserError: if A does not commute with a convolution, or the kernel mixes channels.
         """

@@ -68,7 +68,7 @@ class Settings:
         raise UserError("simultaneous steps cannot be repeated: set inner to 1")
 
     def known(self) -> Settings:
-        """The same for a known operator: K is not learned, and its error is none."""
+        """The settings for a known operator: K is not learned, and its error is none."""
         data = self.data
         if isinstance(data, data_steps.Proximal):
             data = replace(data, kernel_error=0.0)

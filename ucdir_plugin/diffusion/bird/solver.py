@@ -220,7 +220,7 @@ class Solver:
         return (clamp_finite(x0, -1, 1) if self.settings.clip_x0 else x0), (v if self.prior.learned_variance else None)
 
     def log_variance(self, x_t: torch.Tensor, v: Optional[torch.Tensor], t: int) -> torch.Tensor:
-        """Of x_{t-1} given x_t: f log(beta) + (1 - f) log(beta~), f = (v + 1) / 2; log(beta~) without v."""
+        """Log-variance of x_{t-1}: f log(beta) + (1 - f) log(beta~) with f = (v + 1) / 2; log(beta~) without v."""
         schedule = self.schedule
         floor = schedule.posterior_variance[1] if len(schedule) > 1 else schedule.betas[0]
         low = math.log(schedule.posterior_variance[t] if t else floor)  # that of t = 0 is none

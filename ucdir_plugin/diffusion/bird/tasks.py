@@ -12,16 +12,8 @@ import torch
 
 from ucdir_plugin.diffusion.bird import data_steps, kernel_steps
 from ucdir_plugin.diffusion.bird.data_steps import FixedScale
-from ucdir_plugin.diffusion.bird.degradation import (
-    BlockMean,
-    ChannelMean,
-    Compose,
-    Degradation,
-    HoleMask,
-    Operator,
-    Unsaturated,
-    start_kernel,
-)
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator, Unsaturated
 from ucdir_plugin.diffusion.bird.settings import PRESETS, Settings
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
@@ -254,7 +246,8 @@ TASKS: Dict[str, Task] = {
 
 
 def task_named(name: str) -> Task:
-    """
+    """Look a task up by its name.
+
     Raises:
         UserError: for an unknown name.
     """
