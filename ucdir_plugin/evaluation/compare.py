@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ucdir_plugin.evaluation import intervals, tables
-from ucdir_plugin.evaluation import tables as result_tables
 from ucdir_plugin.evaluation.report import part
 from ucdir_plugin.metrics import protocol
 from ucdir_plugin.utils import files
@@ -61,18 +60,18 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     if len(paths) < 2:
         raise UserError("comparing takes two runs or more")
     runs: list[Run] = []
-    found: list[tuple[str, str, str, result_tables.Results]] = []
+    found: list[tuple[str, str, str, tables.Results]] = []
     for given in paths:
         path = given
         if os.path.isdir(given):
-            tables = sorted(glob.glob(os.path.join(glob.escape(given), "metrics*.json")))
-            if len(tables) != 1:
-                names = ", ".join(os.path.basename(t) for t in tables)
+            candidates = sorted(glob.glob(os.path.join(glob.escape(given), "metrics*.json")))
+            if len(candidates) != 1:
+                names = ", ".join(os.path.basename(t) for t in candidates)
                 raise UserError(
-                    f"{given} has {f'several tables ({names}): name one' if tables else 'no metrics*.json'}"
+                    f"{given} has {f'several tables ({names}): name one' if candidates else 'no metrics*.json'}"
                 )
-            path = tables[0]
-        results, about = result_tables.read_results(path)
+            path = candidates[0]
+        results, about = tables.read_results(path)
         found.append((str(about.get("name") or given), given, path, results))
     # By the path without extension, in which results may differ; but not where two images differ in nothing else.
     ambiguous = any(len({_stem(row) for row in results.rows}) < len(results.rows) for *_, results in found)

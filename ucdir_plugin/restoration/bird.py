@@ -7,7 +7,6 @@ tools/restore.py, tools/test.py and ``ucdir_plugin.restore`` use both in the sam
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -24,10 +23,10 @@ from ucdir_plugin.diffusion.prior import Prior
 from ucdir_plugin.options.schema import BirdOptions
 from ucdir_plugin.restoration import base, deepinv_methods, deepinv_solver
 from ucdir_plugin.restoration.base import Drawn, check_samples
-from ucdir_plugin.restoration.companions import fingerprint, read_mask
+from ucdir_plugin.restoration.companions import Companions, fingerprint, read_mask
 from ucdir_plugin.restoration.learned import LEARNED_ARRAYS, LEARNED_FIGURE, Learned, degraded_name, learned_of
 from ucdir_plugin.utils import image_reading
-from ucdir_plugin.utils.errors import ImageError, UserError, did_you_mean
+from ucdir_plugin.utils.errors import ImageError, UserError
 
 TILE = 1024
 """Longest side of a patch for a prior that was not trained for one size."""
@@ -72,7 +71,7 @@ class BlindRestorer(base.Restorer):
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._folders: Dict[str, Dict[str, str]] = {}  # images by stem, listed once
+        self._files = Companions()
 
     @property
     def scale(self) -> int:
@@ -266,37 +265,11 @@ class BlindRestorer(base.Restorer):
         Raises:
             ImageError: if one is missing, unreadable or of another size.
         """
-        more = []
-        for where in self.options.observations or ():
-            photo = image_reading.read_photo(self._partner(where, key, "observation"), image_reading.MAX_PIXELS)
-            more.append(image_reading.to_tensor(photo))
-            if more[-1].shape[-2:] != size:
-                h, w = more[-1].shape[-2:]
-                raise ImageError(
-                    f"observations of different sizes: {key} is {size[1]}x{size[0]}, the one in {where} {w}x{h}"
-                )
-        known = None
-        if self.task.holes and self.options.mask is not None:
-            known = read_mask(self._partner(self.options.mask, key, "mask"), size, self.options.holes)
-        return more, known
-
-    def _partner(self, where: str, key: str, what: str) -> str:
-        """The file of ``where``: itself, or in a folder the one whose relative path agrees up to the extension.
-
-        Raises:
-            ImageError: if it is missing.
-        """
-        if os.path.isfile(where):
-            return where
-        if not os.path.isdir(where):
-            raise ImageError(f"{what}: {where} does not exist")
-        stem = os.path.splitext(key)[0]
-        if where not in self._folders:
-            self._folders[where] = image_reading.images_by_stem(where, what)
-        found = self._folders[where]
-        if stem not in found:
-            raise ImageError(f"{key}: its {what} {stem}.* is not in {where}; {did_you_mean(stem, found)}")
-        return os.path.join(where, found[stem])
+        options = self.options
+        more = [self._files.observation(where, key, size) for where in options.observations or ()]
+        if not self.task.holes or options.mask is None:
+            return more, None
+        return more, read_mask(self._files.path(options.mask, key, "mask"), size, options.holes)
 
     def first_stage(self, key: str, lq: torch.Tensor, seed: Optional[int] = None) -> Optional[torch.Tensor]:
         """What the first stage makes of an image: (1, 3, H, W) in [0, 1] -> (1, 3, H * scale, W * scale) or None.
@@ -310,7 +283,7 @@ class BlindRestorer(base.Restorer):
         if stage.images is not None:
             image = image_reading.to_tensor(
                 image_reading.read_photo(
-                    self._partner(stage.images, key, "first stage's image"), image_reading.MAX_PIXELS
+                    self._files.path(stage.images, key, "first stage's image"), image_reading.MAX_PIXELS
                 )
             )
         else:

@@ -4,12 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Tuple
+from typing import Dict, Tuple
 
 import torch
 
 from ucdir_plugin.utils import files, image_reading
-from ucdir_plugin.utils.errors import ImageError
+from ucdir_plugin.utils.errors import ImageError, did_you_mean
+
+
+class Companions:
+    """Finds the files that belong to an image: one for all images, or in a folder the one of the same name."""
+
+    def __init__(self) -> None:
+        self._folders: Dict[str, Dict[str, str]] = {}  # images by stem, listed once
+
+    def path(self, where: str, key: str, what: str) -> str:
+        """The file of ``where``: itself, or in a folder the one whose relative path agrees up to the extension.
+
+        Args:
+            key: relative path of the image.
+            what: the word for it in messages.
+
+        Raises:
+            ImageError: if it is missing.
+        """
+        if os.path.isfile(where):
+            return where
+        if not os.path.isdir(where):
+            raise ImageError(f"{what}: {where} does not exist")
+        stem = os.path.splitext(key)[0]
+        if where not in self._folders:
+            self._folders[where] = image_reading.images_by_stem(where, what)
+        found = self._folders[where]
+        if stem not in found:
+            raise ImageError(f"{key}: its {what} {stem}.* is not in {where}; {did_you_mean(stem, found)}")
+        return os.path.join(where, found[stem])
+
+    def observation(self, where: str, key: str, size: Tuple[int, int]) -> torch.Tensor:
+        """Another observation of an image's scene, (1, 3, H, W) in [0, 1].
+
+        Raises:
+            ImageError: if it is missing, unreadable or not of ``size`` (height, width).
+        """
+        photo = image_reading.read_photo(self.path(where, key, "observation"), image_reading.MAX_PIXELS)
+        image = image_reading.to_tensor(photo)
+        if image.shape[-2:] != size:
+            h, w = image.shape[-2:]
+            raise ImageError(
+                f"observations of different sizes: {key} is {size[1]}x{size[0]}, the one in {where} {w}x{h}"
+            )
+        return image
 
 
 def read_mask(path: str, size: Tuple[int, int], holes: str = "white") -> torch.Tensor:

@@ -13,7 +13,6 @@ from ucdir_cli.studies.figures import trends_figure
 
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.utils import files, image_writing
-from ucdir_plugin.utils import files as file_tools
 from ucdir_plugin.utils.files import write_atomically
 from ucdir_plugin.utils.image_reading import read_uint8
 from ucdir_plugin.utils.image_writing import write_image
@@ -101,14 +100,14 @@ def pictures(parts: Mapping[str, Sequence[Measured]], images: Images, names: Seq
     for case, cells in cases.items():
         rows = []
         for name in names:
-            files = [images.truth(name), *(os.path.join(images.folder, cell.folder, name) for cell in cells)]
+            paths = [images.truth(name), *(os.path.join(images.folder, cell.folder, name) for cell in cells)]
             blank = np.full((SIZE, SIZE, 3), 255, np.uint8)
-            rows.append(image_writing.side_by_side([read_uint8(f) if os.path.isfile(f) else blank for f in files], 4))
+            rows.append(image_writing.side_by_side([read_uint8(f) if os.path.isfile(f) else blank for f in paths], 4))
         path = os.path.join(images.folder, "pictures", f"{case}.png")
         gap = np.full((4, rows[0].shape[1], 3), 255, np.uint8)
         write_image(np.concatenate([p for row in rows for p in (row, gap)][:-1], 0), path)
         legend = "\n".join(["truth", *(cell.label for cell in cells)])
-        file_tools.write_text(legend + "\n", os.path.join(images.folder, "pictures", f"{case}.txt"))
+        files.write_text(legend + "\n", os.path.join(images.folder, "pictures", f"{case}.txt"))
         written.append(path)
         kept = {c.label: os.path.join(images.folder, c.folder, "trends.npy") for c in cells if c in restored}
         trends = {label: np.load(file) for label, file in kept.items() if os.path.isfile(file)}
