@@ -120,7 +120,7 @@ def test_released_step(small, name, monkeypatch):
     losses, grads = degradation.gradients(
         (a["x0_hat"] + 1) / 2, observation.targets, ("x", "kernel", "mask") if low_light else ("x", "kernel")
     )
-    guided = done.guided
+    data_step = done.data_step
 
     def each(found):  # identical passes are computed once
         return found.expand(passes, *found.shape[1:])
@@ -130,11 +130,11 @@ def test_released_step(small, name, monkeypatch):
         "x0_hat": done.x0,
         "mean_unguided": done.mean_unguided,
         "log_variance": solver.log_variance(x_t, solver.predict(x_t, t)[1], t),
-        "loss": each(guided.loss[0])[:, 0],
-        "dloss_dx0": each(guided.gradient[0])[:, 0],
+        "loss": each(data_step.loss[0])[:, 0],
+        "dloss_dx0": each(data_step.gradient[0])[:, 0],
         "dloss_dkernel": each(grads["kernel"])[:, 0],
-        "grad_mean_shift": each(guided.shift[0])[:, 0],
-        "scale_used_in_loss": as_our_scale(guided.scale[0][0]),
+        "grad_mean_shift": each(data_step.shift[0])[:, 0],
+        "scale_used_in_loss": as_our_scale(data_step.scale[0][0]),
         "mean_guided": done.mean,
         "kernel_out": observation.degradation.kernel[0],
         "mask_out": observation.degradation.mask[0, 0],

@@ -96,7 +96,7 @@ def test_contradicting_variables():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])
 def test_shares_are_disjoint_and_together_all(world):
-    shares = [Share(number, world).of(range(13)) for number in range(world)]
+    shares = [Share(number, world).take(range(13)) for number in range(world)]
     assert sorted(item for share in shares for item in share) == list(range(13))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -225,7 +225,7 @@ def test_a_test_goes_on_where_a_rank_was_lost(workplace):
 def test_what_was_restored_otherwise_is_not_kept():
     def decides(changes, weights="1f"):
         opt = check_options(merged(TINY, changes), True)
-        return testing._decides({**opt, "rank": 0}, None, opt["datasets"]["val"], weights)
+        return testing._what_decides({**opt, "rank": 0}, None, opt["datasets"]["val"], weights)
 
     plain = decides({})
     for same in (

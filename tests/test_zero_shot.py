@@ -234,7 +234,7 @@ def test_nothing_but_seed_and_image_counts(name):
     assert len(together.trace.loss) == len(together.trace.sigma) == len(together.trace.kernel) == 4
     torch.manual_seed(6)
     for i, key in enumerate(keys):
-        alone = run(prior, y[i : i + 1], degradation.of(i), method, key)
+        alone = run(prior, y[i : i + 1], degradation.for_image(i), method, key)
         torch.testing.assert_close(alone.image, together.image[i : i + 1], rtol=0, atol=1e-6)
         torch.testing.assert_close(alone.degraded[0], together.degraded[0][i : i + 1], rtol=0, atol=1e-6)
         torch.testing.assert_close(torch.stack(alone.trace.loss)[..., 0], torch.stack(together.trace.loss)[..., i])

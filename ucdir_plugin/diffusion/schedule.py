@@ -59,7 +59,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     @classmethod
-    def of(cls, alpha_bar: np.ndarray) -> NoiseSchedule:
+    def from_alpha_bar(cls, alpha_bar: np.ndarray) -> NoiseSchedule:
         """The steps between these levels, which it has exactly.
 
         Args:
@@ -106,7 +106,7 @@ class NoiseSchedule:
         else:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
         alpha_bar = self.alpha_bar[indices.astype(int)]
-        return NoiseSchedule.of(alpha_bar)
+        return NoiseSchedule.from_alpha_bar(alpha_bar)
 
     def truncate(self, timesteps: int) -> NoiseSchedule:
         """The first (cleanest) ``timesteps`` steps: where a sampler starts from a noised guess at t* < T.

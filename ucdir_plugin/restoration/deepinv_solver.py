@@ -195,7 +195,7 @@ class ZeroShotSolver(solver.Solver):
     ) -> torch.Tensor:
         """One scene, (1, C, H, W) in [-1, 1], its guess where it is lost; notes sigma and loss in ``calls``."""
         guess = self.guess[image : image + 1]
-        observed = [((o.y[image : image + 1] + 1) / 2, o.degradation.of(image)) for o in self.observations]
+        observed = [((o.y[image : image + 1] + 1) / 2, o.degradation.for_image(image)) for o in self.observations]
 
         def record(sigma: float, x0: torch.Tensor) -> None:
             if not bool(x0.isfinite().all()):

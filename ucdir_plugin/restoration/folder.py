@@ -129,7 +129,7 @@ def restore_files(
     share = share or Share()
     model.check(samples, blend, condition)
     jobs, extension = find_jobs(source, target)
-    sizes, failed = read_sizes(share.of(jobs))
+    sizes, failed = read_sizes(share.take(jobs))
     if not sizes and share.world == 1:
         _give_up(source, failed)
     check_writable(os.path.dirname(jobs[0].stem) if os.path.isfile(source) else target)

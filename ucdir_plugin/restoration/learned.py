@@ -94,7 +94,7 @@ def learned_of(result: records.Result, index: int) -> Learned:
     observations = result.observations
     masks = [o.degradation.mask for o in observations]
     return Learned(
-        [o.degradation.of(index).operator.seen(unit(o.y)[None])[0] for o in observations],
+        [o.degradation.for_image(index).operator.seen(unit(o.y)[None])[0] for o in observations],
         [unit(d) for d in result.degraded],
         unit(result.image).clamp(0, 1),
         [o.degradation.kernel[index].cpu().flip(-1, -2) for o in observations],

@@ -34,7 +34,7 @@ def own_validation(
         stop.agree(opt, model.device)
 
 
-_BESIDE = {
+_IRRELEVANT = {
     "path",
     "rank",
     "world_size",
@@ -49,7 +49,7 @@ _BESIDE = {
 """Options that restored images do not depend on, or that are looked at apart."""
 
 
-def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> str:
+def _what_decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> str:
     """All that decides what comes out of an image, in short; of its files, see :func:`validate`.
 
     Args:
@@ -57,7 +57,7 @@ def _decides(opt: dict, model: Any, dataset: dict, weights: Optional[str]) -> st
     """
     files = [os.stat(v) for v in dataset.values() if isinstance(v, str) and os.path.isfile(v)]
     used = [
-        {key: value for key, value in opt.items() if key not in {*_BESIDE, "val"}},
+        {key: value for key, value in opt.items() if key not in {*_IRRELEVANT, "val"}},
         opt["val"].get("sampling"),
         {key: value for key, value in opt["path"].items() if key.startswith(("param_key", "strict_load"))},
         dataset,
@@ -110,7 +110,7 @@ def test_sets(opt: dict, model: Any, sets: list[Any]) -> int:
             continue
         root = opt["path"]["results_root"]
         pictures = report.Store(os.path.join(unfinished, name))
-        settings = _decides(opt, model, test_set.opt, digest)
+        settings = _what_decides(opt, model, test_set.opt, digest)
         results = validate(model, test_set, opt["name"], None, opt["val"]["save_img"], pictures, settings)
         failed += len(results.failed)
         if not results.rows:

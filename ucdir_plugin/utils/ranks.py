@@ -31,7 +31,7 @@ class Share(NamedTuple):
     world: int = 1
     local: int = 0
 
-    def of(self, items: Sequence[T]) -> List[T]:
+    def take(self, items: Sequence[T]) -> List[T]:
         """Every ``world``-th item: the shares are disjoint, and together all."""
         return list(items[self.rank :: self.world])
 

@@ -53,7 +53,7 @@ class Level:
 
 
 @dataclass
-class Guided:
+class DataStep:
     """What a data step did.
 
     Attributes:
@@ -213,8 +213,8 @@ class Gradient:
     scale: Union[FixedScale, AdaptiveScale, LineSearch] = AdaptiveScale()
     colour: float = 0.0
 
-    def __call__(self, x0: torch.Tensor, observations: Sequence[Observation], level: Level) -> Guided:
-        done = Guided(x0, [])
+    def __call__(self, x0: torch.Tensor, observations: Sequence[Observation], level: Level) -> DataStep:
+        done = DataStep(x0, [])
         for observation in observations:
             image = (x0 + 1) / 2
             loss, grads = observation.degradation.gradients(image, observation.targets, ("x",))
@@ -286,7 +286,7 @@ class Proximal:
         gain = degradation.kernel.abs().sum((2, 3, 4)).mean(1)
         return self.weight * _image((self.kernel_error * gain).clamp(min=self.noise / sigma).square())
 
-    def __call__(self, x0: torch.Tensor, observations: Sequence[Observation], level: Level) -> Guided:
+    def __call__(self, x0: torch.Tensor, observations: Sequence[Observation], level: Level) -> DataStep:
         image = (x0 + 1) / 2
         parts = []
         right = torch.zeros_like(image)
@@ -308,7 +308,7 @@ class Proximal:
             return total
 
         step = conjugate_gradients(normal, right, self.iterations)
-        return Guided(x0 + 2 * step, losses)
+        return DataStep(x0 + 2 * step, losses)
 
 
 def conjugate_gradients(normal, right: torch.Tensor, iterations: int) -> torch.Tensor:

@@ -172,11 +172,11 @@ class Degradation:
         """The degradation with another kernel and mask."""
         return replace(self, kernel=kernel, mask=mask)
 
-    def of(self, image: int) -> Degradation:
+    def for_image(self, image: int) -> Degradation:
         """The degradation of one image of the batch."""
         one = slice(image, image + 1)
         mask = None if self.mask is None else self.mask[one]
-        return replace(self, kernel=self.kernel[one], mask=mask, operator=self.operator.of(image))
+        return replace(self, kernel=self.kernel[one], mask=mask, operator=self.operator.for_image(image))
 
     def blur(self, x: torch.Tensor) -> torch.Tensor:
         """K * x + M: (B, C, H, W) -> the same, smaller with ``valid``."""

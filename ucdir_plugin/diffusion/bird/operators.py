@@ -55,7 +55,7 @@ class Operator:
             return lambda v: v
         return lambda v: torch.autograd.grad(y, point, v, retain_graph=True)[0]
 
-    def of(self, image: int) -> Operator:
+    def for_image(self, image: int) -> Operator:
         """The operator of one image of the batch."""
         return self
 
@@ -119,7 +119,7 @@ class HoleMask(Operator):
             weight = ((weight > 0) | (count > 0)).to(y)
         return filled
 
-    def of(self, image: int) -> HoleMask:
+    def for_image(self, image: int) -> HoleMask:
         return self if len(self.known) == 1 else HoleMask(self.known[image : image + 1])
 
 
@@ -176,5 +176,5 @@ class Compose(Operator):
             y = op.lift(y, channels)
         return y
 
-    def of(self, image: int) -> Compose:
-        return Compose([op.of(image) for op in self.operators])
+    def for_image(self, image: int) -> Compose:
+        return Compose([op.for_image(image) for op in self.operators])

@@ -20,7 +20,7 @@ class StepRecord:
         t: index of the level.
         x_t, x0: state, and the prior's estimate of x_0.
         mean_unguided, log_variance: of x_{t-1} by the prior alone; only for ancestral and ddim.
-        guided: what the data step did (the last one).
+        data_step: what the data step did (the last one).
         mean: of x_{t-1}.
         x_prev: the new state.
         terms: of the adaptive scale, for each observation; without it empty.
@@ -32,7 +32,7 @@ class StepRecord:
     x0: torch.Tensor
     mean_unguided: Optional[torch.Tensor]
     log_variance: Optional[torch.Tensor]
-    guided: data_steps.Guided
+    data_step: data_steps.DataStep
     mean: torch.Tensor
     x_prev: torch.Tensor
     terms: List[dict]

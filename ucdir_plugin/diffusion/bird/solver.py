@@ -49,7 +49,7 @@ def log_sigma_schedule(start: float, end: float, steps: int) -> NoiseSchedule:
     sigma = np.exp(np.linspace(math.log(end), math.log(start), steps)) if steps > 1 else np.array([start])
     alpha_bar = 1 / (1 + 4 * sigma**2)
     try:
-        return NoiseSchedule.of(alpha_bar)
+        return NoiseSchedule.from_alpha_bar(alpha_bar)
     except ValueError as err:
         raise UserError(f"sigma_start {start:.4g} to sigma_end {end:.4g}: {err}") from err
 
@@ -258,21 +258,21 @@ class Solver:
         self._aim(number, x_t, alpha_bar, adaptive, log_variance)
         error = settings.data.error(level.sigma) if isinstance(settings.data, data_steps.Proximal) else level.sigma
         for _ in range(settings.inner):
-            guided = settings.data(x0, self.observations, level)
-            image = ((x0 if settings.simultaneous else guided.x0) + 1) / 2
+            data_step = settings.data(x0, self.observations, level)
+            image = ((x0 if settings.simultaneous else data_step.x0) + 1) / 2
             for o in self.observations:
                 o.degradation = settings.kernel(image, o.targets, o.degradation, level.sigma, error)
-        mean, spread = guided.x0, 0.0
+        mean, spread = data_step.x0, 0.0
         if fresh:
             if t:
-                mean, spread = alpha_bar_prev**0.5 * guided.x0, (1 - alpha_bar_prev) ** 0.5
+                mean, spread = alpha_bar_prev**0.5 * data_step.x0, (1 - alpha_bar_prev) ** 0.5
         elif settings.transition == "ancestral":
-            mean = c1 * guided.x0 + c2 * x_t
+            mean = c1 * data_step.x0 + c2 * x_t
             spread = (log_variance / 2).exp()
         else:
             variance = settings.eta**2 * float(schedule.posterior_variance[t])
             from_x = ((1 - alpha_bar_prev - variance) / (1 - alpha_bar)) ** 0.5
-            mean = (alpha_bar_prev**0.5 - from_x * alpha_bar**0.5) * guided.x0 + from_x * x_t
+            mean = (alpha_bar_prev**0.5 - from_x * alpha_bar**0.5) * data_step.x0 + from_x * x_t
             spread = variance**0.5
         x_prev = mean
         if t and (isinstance(spread, torch.Tensor) or spread):
@@ -280,7 +280,7 @@ class Solver:
         terms = []
         if adaptive:
             rule = settings.data.scale
-            for o, shift in zip(self.observations, guided.shift):
+            for o, shift in zip(self.observations, data_step.shift):
                 last = self.previous
                 terms.append(
                     rule.update(
@@ -288,7 +288,7 @@ class Solver:
                     )
                 )
             self.previous = log_variance
-        return StepRecord(number, t, x_t, x0, unguided, log_variance, guided, mean, x_prev, terms)
+        return StepRecord(number, t, x_t, x0, unguided, log_variance, data_step, mean, x_prev, terms)
 
     def _aim(
         self, number: int, x_t: torch.Tensor, alpha_bar: float, adaptive: bool, log_variance: Optional[torch.Tensor]
@@ -345,7 +345,7 @@ class Solver:
             "the prior's prediction": done.x0.isfinite().flatten(1).all(1),
             "the image": done.x_prev.isfinite().flatten(1).all(1),
         }
-        for guided_loss, o in zip(done.guided.loss, self.observations):
+        for guided_loss, o in zip(done.data_step.loss, self.observations):
             named["the loss"] = named.get("the loss", True) & guided_loss.isfinite().all(0)
             named["the kernel"] = named.get("the kernel", True) & o.degradation.kernel.isfinite().flatten(1).all(1)
             if o.scale is not None:
@@ -375,9 +375,9 @@ class Solver:
 
     def _record(self, trace: Trace, done: StepRecord) -> None:
         trace.sigma.append(float((1 / self.schedule.alpha_bar[done.t] - 1) ** 0.5 / 2))
-        trace.loss.append(torch.stack([loss.mean(0) for loss in done.guided.loss]).cpu())
+        trace.loss.append(torch.stack([loss.mean(0) for loss in done.data_step.loss]).cpu())
         nothing = torch.full((len(done.x0),), float("nan"))
-        scales = done.guided.scale or [nothing] * len(self.observations)
+        scales = done.data_step.scale or [nothing] * len(self.observations)
         trace.scale.append(torch.stack([s.cpu() for s in scales]))
         masks = [o.degradation.mask for o in self.observations]
         means = [torch.zeros(len(done.x0)) if m is None else m.flatten(1).mean(1).cpu() for m in masks]
