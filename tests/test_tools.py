@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import cv2
@@ -438,3 +439,37 @@ def test_nan_losses_stop_with_the_last_checkpoint_kept(workplace):
     done = workplace.run("train.py", "-opt", path, *forced)
     assert_one_line_error(done, "training stopped at iteration", "10 steps in a row")
     assert done.stderr.count("step skipped") == 10
+
+
+TOOLS = ("train", "test", "restore", "evaluate", "compare", "convert_weights", "benchmark", "study_bird", "study_ucdir")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("argument", ["-h", "--ouptut", "-opt"])
+def test_wrong_arguments_are_answered_before_anything_is_loaded(tmp_path, tool, argument):
+    """One line for what is wrong, exit code 2; neither torch nor the package is imported for it."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / f"{tool}.py"), argument]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "argparse" in imported and not {"torch", "numpy", "ucdir_plugin"} & imported
+    if argument == "-h":
+        assert done.returncode == 0 and done.stdout.startswith("usage:")
+        return
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
+@pytest.mark.parametrize(
+    ("tool", "args", "words"),
+    [
+        ("restore", ["--model", "bird", "-o", "out", "-i", ".", "--taks", "deblur"], "unknown argument --taks; did you mean --task?"),
+        ("benchmark", ["train", "--reapeats", "3"], "unknown argument --reapeats; did you mean --repeats?"),
+        ("train", ["-opt", "none.yml"], "option file none.yml cannot be read: No such file or directory"),
+        ("restore", ["--model", "bird", "-o", "out", "-i", "no\x1b[31mne.png"], "-i no\\x1b[31mne.png does not exist"),
+        ("restore", ["--model", "bird", "-o", "out"], "-i is missing"),
+        ("convert_weights", ["--from", "training", "a.pth", "b.safetensors"], "--from training needs the option file"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(tmp_path, tool, args, words):
+    done = subprocess.run([sys.executable, ROOT / "tools" / f"{tool}.py", *args], capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert_one_line_error(done, words)
