@@ -5,6 +5,10 @@ import graphlib
 import importlib
 import inspect
 import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -152,3 +156,20 @@ def test_every_module_is_listed_in_the_architecture():
     text = (Path(ROOT) / "docs" / "architecture.md").read_text(encoding="utf-8")
     parts = {m.name for m in pkgutil.iter_modules(ucdir_plugin.__path__)}
     assert not [part for part in sorted(parts) if f"`{part}" not in text]
+
+
+def test_the_wheel_holds_the_commands_and_no_laboratory(tmp_path):
+    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    for name in ("ucdir_plugin", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheel", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    commands = {"train", "test", "restore", "evaluate", "compare", "convert_weights"}
+    assert {Path(n).stem for n in names if n.startswith("ucdir_cli/")} == {*commands, "command_line", "__init__"}
+    assert {f"ucdir_plugin/{n}" for n in ("evaluation/report.html", "archs/akgm/akgm.cpp", "zoo/index.json")} <= names
+    assert {module_of(n) for n in names if n.startswith("ucdir_plugin/") and n.endswith(".py")} == MODULES
