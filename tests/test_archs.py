@@ -15,8 +15,8 @@ from ucdir_plugin.archs.ucdir_blocks import (
     AKGBlock,
     Guidance,
     Integration,
+    Level,
     Norm,
-    _Level,
     make_norm,
 )
 from ucdir_plugin.registry import build_arch
@@ -241,7 +241,7 @@ def test_torch_compile():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_torch_compile_of_a_level_with_each_norm(norm):
-    level = _Level(4, 8, True, norm, emb_dim=6)
+    level = Level(4, 8, True, norm, emb_dim=6)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 6, 6), (2, 6), (2, 8, 6, 6))]
     wanted = [*inputs, *(p for name, p in level.named_parameters() if ".conv2." not in name)]  # that makes features
     out = level(*inputs)

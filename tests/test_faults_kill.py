@@ -35,7 +35,7 @@ from ucdir_plugin.evaluation import tables
 from ucdir_plugin.models.ucdir_model import UCDIRModel
 from ucdir_plugin.restoration import folder as restore_folder
 from ucdir_plugin.restoration import jobs
-from ucdir_plugin.training import loop, validation
+from ucdir_plugin.training import loop, setup, validation
 from ucdir_plugin.utils import cli, training_states
 from ucdir_plugin.utils.checkpoints import read_checkpoint
 
@@ -74,7 +74,7 @@ PLACES = {
     "restoring": (UCDIRModel, "test"),
     "picture": (validation, "write_image"),
     "table": (tables, "write_tables"),
-    "leftovers": (loop, "remove_leftovers"),
+    "leftovers": (setup, "remove_leftovers"),
     "read": (jpeg_dataset.JPEGDataset, "__getitem__"),
 }
 

@@ -1,6 +1,6 @@
 """BIR-D at work: a prior, a task and settings from options, applied to images and files.
 
-What :class:`ucdir_plugin.restoration.network.Restorer` is for trained networks, :class:`BlindRestorer` is for a prior:
+What :class:`ucdir_plugin.restoration.network.NetworkRestorer` is for trained networks, :class:`BlindRestorer` is for a prior:
 tools/restore.py, tools/test.py and ``ucdir_plugin.restore`` use both in the same way.
 """
 
@@ -307,7 +307,7 @@ class BlindRestorer(base.Restorer):
         progress: Optional[base.Progress] = None,
         callback: Optional[Callable[..., None]] = None,
     ) -> base.Drawn:
-        """Restore one image; arguments and result as of :meth:`ucdir_plugin.restoration.network.Restorer.run`."""
+        """Restore one image; arguments and result as of :meth:`ucdir_plugin.restoration.base.Restorer.run`."""
         self.check(samples, blend, condition)
         more, known = self.companions(key, tuple(lq.shape[-2:]))
         first = self.first_stage(key, lq, seed)
