@@ -1,7 +1,7 @@
 """BIR-D at work: a prior, a task and settings from options, applied to images and files.
 
-What :class:`ucdir_plugin.restoration.network.NetworkRestorer` is for trained networks, :class:`BlindRestorer` is for a prior:
-tools/restore.py, tools/test.py and ``ucdir_plugin.restore`` use both in the same way.
+:class:`BlindRestorer` is for a prior what :class:`ucdir_plugin.restoration.network.NetworkRestorer` is for a trained
+network: tools/restore.py, tools/test.py and ``ucdir_plugin.restore`` use both in the same way.
 """
 
 from __future__ import annotations
