@@ -30,13 +30,12 @@ CALLS = {
 WITHOUT_OPT = ("compare", "study_bird", "study_ucdir")
 """Commands without option file, for which the last call says something else."""
 
-IMPORTS = {
-    "torch": "import torch",
-    "torch, BasicSR, MMEngine": "import mmengine.registry, torch; from ucdir_plugin import compat",
-    "ucdir_plugin": "import ucdir_plugin",
-}
-"""BasicSR cannot be imported beside a current torchvision without this package's compat.py."""
-
+ECOSYSTEMS = """
+import sys, torch, torchvision.transforms.functional as functional
+sys.modules["torchvision.transforms.functional_tensor"] = functional  # BasicSR 1.4.2 asks for it
+import basicsr, mmengine.registry, mmengine.fileio
+"""
+IMPORTS = {"torch": "import torch", "torch, BasicSR, MMEngine": ECOSYSTEMS, "ucdir_plugin": "import ucdir_plugin"}
 
 # Linux counts what the parent held to a process's peak: a small interpreter starts it.
 MEASURE = """
