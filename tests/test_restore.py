@@ -179,6 +179,7 @@ def test_samples_their_mean_and_spread(place):
         np.testing.assert_array_equal(written, (stack[i] * 255).round().astype(np.uint8))
     assert (stack[0] != stack[1]).any()
     single = ucdir_plugin.restore("photos/coffee.png", model)
+    assert not np.shares_memory(single.image, single.samples[0]) and np.array_equal(single.image, single.samples[0])
     np.testing.assert_array_equal(single.image, stack[0])
     record = json.loads(Path("out/coffee.json").read_text())
     assert record["nfe"] == 6

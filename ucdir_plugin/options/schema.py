@@ -31,7 +31,7 @@ def sampling_schedule(training: NoiseSchedule, options: SamplingOptions) -> Nois
 
 
 class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 TimeSteps = Annotated[PositiveInt, Field(le=1_000_000)]
@@ -161,7 +161,7 @@ def sampling_options(values: Mapping[str, Any], training: NoiseSchedule) -> Samp
 class _Typed(_Schema):
     """A configuration with a ``type``; its other keys are checked against the signature of that type."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
     type: str
 
 
@@ -240,7 +240,7 @@ class DatasetOptions(_UselessHere):
     What else a data set of this package takes, its class says (``options``); other packages' have their own ideas.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
     name: FileName
     type: str

@@ -232,6 +232,7 @@ def _restore_one(
     empty: Callable[..., torch.Tensor],
 ) -> Dict[str, Any]:
     """Compute, and hand over for writing; returns the record."""
+    started = time.perf_counter()
 
     def ready(photo: Photo, warning: Optional[str]) -> None:
         image_writing.check_output(results.extension, photo, model.scale)
@@ -260,7 +261,6 @@ def _restore_one(
     )
     height, width = done.photo.pixels.shape[:2]
     record = {"size": [width, height], "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), **done.record}
-    record["seconds"] = round(record["seconds"], 3)
     if done.moments is not None:
         writer.submit(results.write, done.moments.mean, done.photo, "_mean")
         spread = done.moments.spread
@@ -268,6 +268,7 @@ def _restore_one(
         gray = dataclasses.replace(done.photo, gray=True, alpha=None, icc_profile=None)
         writer.submit(results.write, (spread / (white or 1)).expand(-1, 3, -1, -1), gray, "_spread")
         record.update(spread_white=white, spread_mean=float(spread.mean()))
+    record["seconds"] = round(time.perf_counter() - started, 3)
     return record
 
 

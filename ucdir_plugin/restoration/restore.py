@@ -128,7 +128,7 @@ def restore(
     )
     gray, initial, moments = done.photo.gray, done.drawn.initial(), done.moments
     return Restored(
-        found[0] if moments is None else _to_array(moments.mean[0], gray),
+        found[0].copy() if moments is None else _to_array(moments.mean[0], gray),
         None if initial is None else _to_array(initial[0], gray),
         found,
         None if moments is None else moments.spread[0, 0].cpu().numpy(),
