@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compos
 from ucdir_plugin.diffusion.noise import image_noise, normal
 from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, NetworkPrior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.options.schema import BirdOptions
 from ucdir_plugin.restoration import deepinv_methods
 from ucdir_plugin.restoration.deepinv_methods import DDNM, DPS, METHODS, DiffPIR
 from ucdir_plugin.restoration.deepinv_solver import ZeroShotSolver, physics_of
@@ -321,3 +323,8 @@ def test_without_deepinv(monkeypatch):
         run(prior, normal((1, 3, 8, 8), "y"), Degradation(start_kernel(1, 1)), DDNM())
     assert "\n" not in str(raised.value)
     assert deepinv_methods.METHODS  # the module itself needs nothing
+
+
+def test_options_know_every_solver():
+    """One list of names: the schema's are BIR-D's own and those of METHODS."""
+    assert set(typing.get_args(BirdOptions.model_fields["solver"].annotation)) == {"bird", *METHODS}
