@@ -145,21 +145,7 @@ class NetworkRestorer(base.Restorer):
         progress: Optional[base.Progress] = None,
         callback: Optional[Callable[..., None]] = None,
     ) -> Drawn:
-        """Restore one image.
-
-        Args:
-            lq: (1, 3, H, W) RGB in [0, 1]; it is used up (overwritten).
-            key: names the image to the noise; with one key and seed the result is the same in every run.
-            seed: default: the model's.
-            samples: how many to draw.
-            blend: lambda of initial + lambda * residual (paper, figure 1): 0 the initial prediction, 1 the sample.
-            condition: name -> value of the conditions that the network declares.
-            empty, progress: see :class:`ucdir_plugin.restoration.sampling.Conditioned`.
-            callback: as of the samplers, on the scaled residual (``residual_scale``).
-
-        Returns:
-            prediction and samples, each computed when asked for.
-        """
+        """Restore one image; see :meth:`Restorer.run`. ``callback`` is on the scaled residual (``residual_scale``)."""
         self.check(samples, blend, condition)
         lq = lq.to(self.device)
         if not self.diffusion:
