@@ -115,7 +115,13 @@ def test_released_step(small, name, monkeypatch):
     x_t = a["x_t"]
     level = x_t.new_full((1,), float(solver.schedule.alpha_bar[t] ** 0.5))
     model_output = prior(x_t, level)
-    monkeypatch.setattr(small[1], "forward", lambda x, t: a["model_output"].expand(len(x), -1, -1, -1))
+
+    def released_network(x, timestep):
+        torch.testing.assert_close(x, x_t.expand_as(x), rtol=0, atol=0)
+        torch.testing.assert_close(timestep, torch.full((len(x),), float(a["t_model"][0])))
+        return a["model_output"].expand(len(x), -1, -1, -1)
+
+    monkeypatch.setattr(small[1], "forward", released_network)
     done = solver.step(0, x_t, t)
     losses, grads = degradation.gradients(
         (a["x0_hat"] + 1) / 2, observation.targets, ("x", "kernel", "mask") if low_light else ("x", "kernel")
