@@ -369,6 +369,7 @@ TEXTS = {
     "2^63": f"a: {2**63}",
     "no hexadecimal": "a: 0x_",
     "no month": "a: 2001-99-99",
+    "no date": "!!timestamp 2001-13-45 or so",
     "no hour": "a: 2001-01-01 99:00:00",
     "no number": "a: !!int x",
     "no truth": "a: !!bool x",

@@ -105,7 +105,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: no valid YAML: {getattr(err, 'problem', None) or err}") from err
     except RecursionError as err:
         raise UserError(f"{where}: no valid YAML: nested too deeply") from err
-    except (ValueError, LookupError, ArithmeticError, TypeError) as err:  # a date, number or letter that is none
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as err:  # no date, number, letter
         raise UserError(f"{where}: no valid YAML: {err}") from err
     check_plain(content, where)
     return _copied(content)
