@@ -102,7 +102,7 @@ def test_a_network_of_mmengine_predicts():
             torch.testing.assert_close(net.predict(lq), (lq + 1) / 2 * 0.5 * 2 - 1)  # it sees [0, 1]
     finally:
         del MODELS.children["elsewhere"]
-    for name, words in (("elsewhere.Other", "no scope 'elsewhere' .*custom_imports"), ("os.system", "no scope 'os'")):
+    for name, words in (("elsewhere.Other", "no scope 'elsewhere' .*--import"), ("os.system", "no scope 'os'")):
         with pytest.raises(UserError, match=words):
             registry.build_arch({"type": name})
     with pytest.raises(UserError, match="no arch 'PlainPredicto'"):
@@ -491,7 +491,7 @@ def test_bad_options(changes, words):
 
 
 def test_bad_command_lines(workplace, tmp_path):
-    path = workplace.write(merged(MM, {"mmengine": {"custom_imports": ["shutil"]}}))
+    path = workplace.write(merged(MM, {"mmengine": {"custom_imports": ["wave"]}}))
     assert_one_line_error(workplace.run("train.py", "-opt", path), "custom_imports", "--trust-config")
     path = workplace.write(merged(MM, {"num_gpu": 1}))
     assert_one_line_error(workplace.run("train.py", "-opt", path), "num_gpu: 1 asked for, 0 found")

@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 
-from ucdir_cli.command_line import Parser, option_file, run
+from ucdir_cli.command_line import Parser, add_imports, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     common = Parser(add_help=False)
     common.add_argument("--repeats", type=int, default=5, help="measured turns of each variant (default: %(default)s)")
     common.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    add_imports(common)
     parser = Parser(description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("akgm", parents=[common])

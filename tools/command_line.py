@@ -57,6 +57,21 @@ def source(path: str) -> str:
     return path
 
 
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import`` and ``--trust-config``: code of others that a command may run."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        metavar="MODULE",
+        default=[],
+        help="a module that registers archs, losses, data sets, metrics or models of your own; may be repeated",
+    )
+    parser.add_argument(
+        "--trust-config", action="store_true", help="run the code that the option file names (imports), or is (.py)"
+    )
+
+
 def parse_run_arguments(description: str, args: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """BasicSR's command line for training and testing, with what this package adds to it.
 
@@ -71,13 +86,14 @@ def parse_run_arguments(description: str, args: Optional[Sequence[str]] = None) 
     add("--debug", action="store_true", help="log, save and validate every few iterations")
     add("--force_yml", nargs="+", action="extend", metavar="KEY:SUBKEY=VALUE", help="override options; values are YAML")
     add("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
-    add("--trust-config", action="store_true", help="allow MMEngine's .py files and custom_imports")
     add("--download", action="store_true", help="get metrics' weights that are not there")
+    add("--write", metavar="FLAT.yml", help="write the option file with its _base_ and --force_yml in it, and stop")
+    add_imports(parser)
     return parser.parse_args(args)
 
 
 def run(command: str, args: argparse.Namespace) -> int:
-    """Import a command's function and run it; returns the exit code.
+    """Import a command's function, then the modules of ``--import``, and run it; returns the exit code.
 
     Args:
         command: ``module:function``; the function takes the parsed arguments and returns the exit code.
@@ -85,10 +101,16 @@ def run(command: str, args: argparse.Namespace) -> int:
     """
     module, _, name = command.partition(":")
     try:
+        from ucdir_plugin.registry import import_modules
         from ucdir_plugin.utils.cli import run_cli
 
         function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), name)
     except KeyboardInterrupt:  # the import takes seconds
         print("interrupted", file=sys.stderr)
         return 130
-    return run_cli(lambda: function(args))
+
+    def work() -> int:
+        import_modules(getattr(args, "imports", []), "--import")
+        return function(args)
+
+    return run_cli(work)

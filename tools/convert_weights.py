@@ -11,7 +11,7 @@ What was trained here, as one file for restore.py --model:
 import argparse
 import sys
 
-from ucdir_cli.command_line import Parser, option_file, run
+from ucdir_cli.command_line import Parser, add_imports, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="training, adm: store weights so (default: fp32)")
     add("--licence", help="training: shown to whoever uses the file")
+    add_imports(parser)
     args = parser.parse_args()
     if args.licence and args.kind != "training":
         parser.error("--licence is for --from training")

@@ -11,7 +11,7 @@ report.html, for any browser, are written to -o.
 import argparse
 import sys
 
-from ucdir_cli.command_line import Parser, option_file, run
+from ucdir_cli.command_line import Parser, add_imports, option_file, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     add("--name", help="in tables and comparisons (default: RESTORED's)")
     add("--weights-dir", metavar="DIR", help="where metrics' weights are looked for first")
     add("--download", action="store_true", help="get metrics' weights that are not there")
+    add_imports(parser)
     return parser.parse_args()
 
 

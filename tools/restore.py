@@ -14,7 +14,7 @@ Under torchrun or slurm's srun each process restores its share of the folder; wh
 import argparse
 import sys
 
-from ucdir_cli.command_line import Parser, option_file, run, source
+from ucdir_cli.command_line import Parser, add_imports, option_file, run, source
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="restore also what has been restored before")
     add("--max-pixels", type=float, help="refuse larger images, by their header (default: 250e6)")
     add("--scratch", metavar="DIR", help="keep image-sized data in files there: for images too large for the memory")
+    add_imports(parser)
     args = parser.parse_args()
     if args.weights and not args.opt:
         parser.error("--weights goes with -opt; a model file has its weights in it")

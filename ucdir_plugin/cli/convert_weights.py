@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"dropped the schedule buffers {', '.join(done['dropped'])}")
     else:
         notes = {"licence": args.licence} if args.licence else {}
-        done = write_model(args.source, load_options(args.opt, is_train=False), args.target, dtype, notes)
+        done = write_model(
+            args.source, load_options(args.opt, is_train=False, trust=args.trust_config), args.target, dtype, notes
+        )
     print(f"{args.target}: {done['tensors']} tensors, {done['parameters'] / 1e6:.2f} M parameters")
     return 0

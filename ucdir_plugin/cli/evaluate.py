@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     items = folders.find_items(args.restored, args.truth, args.input, args.suffix)
     weights_dir = args.weights_dir
     if args.opt:
-        metrics, folder = folders.metrics_of(args.opt)
+        metrics, folder = folders.metrics_of(args.opt, args.trust_config)
         weights_dir = weights_dir or folder
     else:
         names = args.metrics or folders.default_metrics(bool(args.truth), bool(args.input))

@@ -28,7 +28,13 @@ def run(args: argparse.Namespace) -> int:
     sampling = read_assignments(args.set, "--set")
     sampling.update({k: v for k in SAMPLING if (v := getattr(args, k)) is not None})
     model = load_model(
-        args.opt or args.model, args.weights, device=args.device, dtype=args.dtype, sampling=sampling, bird=bird
+        args.opt or args.model,
+        args.weights,
+        device=args.device,
+        dtype=args.dtype,
+        sampling=sampling,
+        bird=bird,
+        trust=args.trust_config,
     )
     for name, text in model.notes.items() if share.rank == 0 else ():
         print(printable(f"{model.about['model']}: {name}: {text}"))

@@ -196,13 +196,16 @@ def default_metrics(truth: bool, degraded: bool) -> list[str]:
     return [*(WITH_TRUTH if truth else WITHOUT), *(WITH_INPUT if degraded else ())]
 
 
-def metrics_of(opt: str) -> tuple[dict[str, dict[str, Any]], Optional[str]]:
+def metrics_of(opt: str, trust: bool = False) -> tuple[dict[str, dict[str, Any]], Optional[str]]:
     """``val: metrics:`` and ``val: weights_dir:`` of an option file.
+
+    Args:
+        trust: whether it may import modules (``imports``).
 
     Raises:
         UserError: if it has no metrics.
     """
-    val = load_options(opt, is_train=False)["val"]
+    val = load_options(opt, is_train=False, trust=trust)["val"]
     if not val.get("metrics"):
         raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
     return val["metrics"], val.get("weights_dir")

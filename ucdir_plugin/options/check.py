@@ -7,35 +7,46 @@ loss, metric or optimizer are checked against its signature and passed on.
 
 from __future__ import annotations
 
-import importlib
 import os
+import sys
 from typing import Any, Dict, List, Mapping, Optional
 
 from pydantic import ValidationError
 
+from ucdir_plugin import registry
 from ucdir_plugin.options.reading import apply_overrides, check_plain, read_options
 from ucdir_plugin.options.rules import BEFORE, FOREIGN, MODELS, RULES, Checked, ModelRules
 from ucdir_plugin.options.schema import Options, explain, missing, to_json
 from ucdir_plugin.utils.errors import UserError
 
 
-def import_custom(raw: Mapping[str, Any], trust: bool) -> None:
-    """Import the packages that ``mmengine: custom_imports`` names.
+def import_custom(raw: Mapping[str, Any], trust: bool, where: str) -> None:
+    """Import the modules that ``imports`` names, and those of ``mmengine: custom_imports``, its older form.
+
+    One that has been imported already, as by ``--import``, needs no trust.
+
+    Args:
+        where: the options come from, for errors.
 
     Raises:
         UserError: if the options are not trusted, or one cannot be imported.
     """
     section = raw.get("mmengine")
-    for name in (section.get("custom_imports") or ()) if isinstance(section, dict) else ():
-        if not trust:
+    older = section.get("custom_imports") if isinstance(section, dict) else None
+    for option, modules in (("imports", raw.get("imports")), ("mmengine:custom_imports", older)):
+        if modules is None:
+            continue
+        modules = [modules] if isinstance(modules, str) else modules
+        if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+            raise UserError(f"{where}: option {option}: names of modules are expected, got {modules!r}")
+        new = next((module for module in modules if module not in sys.modules), None)
+        if new is not None and not trust:
+            place = registry.found_at(new) or "not installed here"
             raise UserError(
-                f"option mmengine:custom_imports runs the code of {name!r}; if you trust it, add --trust-config"
-                " (tools/train.py, tools/test.py)"
+                f"{where}: option {option} runs the code of {new!r} ({place}); if you trust it, add --import {new} or"
+                " --trust-config"
             )
-        try:
-            importlib.import_module(str(name))
-        except Exception as err:  # whatever the module does
-            raise UserError(f"option mmengine:custom_imports: {name}: {type(err).__name__}: {err}") from err
+        registry.import_modules(modules, f"{where}: option {option}")
 
 
 def _merge(given: Mapping, checked: Mapping) -> dict:
@@ -140,15 +151,12 @@ def load_options(path: str, overrides: Optional[List[str]] = None, is_train: boo
     """Read, override and check an option file; its ``_base_`` is the option file that it changes.
 
     Args:
-        trust: whether it may import packages.
+        trust: whether it may import modules (``imports``).
 
     Raises:
         UserError: if it is missing, no plain YAML, or has a fault.
     """
     raw, name = read_options(path), os.path.basename(path)
     apply_overrides(raw, overrides)
-    try:
-        import_custom(raw, trust)
-    except UserError as err:
-        raise UserError(f"{name}: {err}") from err
+    import_custom(raw, trust, name)
     return check_options(raw, is_train, name)

@@ -319,7 +319,7 @@ class MMEngineOptions(_Schema):
     strategy: Optional[_Typed] = None
     activation_checkpointing: Optional[List[str]] = None
     auto_scale_lr: Optional[Dict[str, Any]] = None
-    custom_imports: Optional[List[str]] = None
+    custom_imports: Optional[Union[str, List[str]]] = None
 
 
 class Options(_Schema):
@@ -327,6 +327,7 @@ class Options(_Schema):
 
     engine: Literal["basicsr", "mmengine"] = "basicsr"
     mmengine: Optional[MMEngineOptions] = None
+    imports: Optional[Union[str, List[str]]] = None  # modules that register what is used here
     name: FileName
     model_type: str
     scale: PositiveInt = Field(1, le=64)

@@ -17,7 +17,7 @@ from ucdir_plugin.diffusion.bird import solver
 from ucdir_plugin.diffusion.bird.settings import ablation
 from ucdir_plugin.diffusion.bird.tasks import preset, task_named
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
-from ucdir_plugin.options.check import check_options, load_options
+from ucdir_plugin.options.check import check_options, import_custom, load_options
 from ucdir_plugin.options.reading import read_options
 from ucdir_plugin.options.schema import (
     BirdOptions,
@@ -38,14 +38,17 @@ from ucdir_plugin.utils.errors import UserError, did_you_mean
 from ucdir_plugin.zoo import model_files, priors
 
 
-def _load_first(stage: FirstStageOptions, device: torch.device) -> Any:
+def _load_first(stage: FirstStageOptions, device: torch.device, trust: bool) -> Any:
     if stage.model.endswith((".yml", ".yaml")) and (read_options(stage.model).get("bird") or {}).get("first_stage"):
         raise UserError(f"option bird:first_stage:model: {stage.model} has a first stage itself; remove that")
-    return load_model(stage.model, stage.weights, device=str(device))
+    return load_model(stage.model, stage.weights, device=str(device), trust=trust)
 
 
-def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
+def from_options(opt: Mapping[str, Any], device: torch.device, trust: bool = False) -> BlindRestorer:
     """A restorer of checked options.
+
+    Args:
+        trust: as of :func:`load_model`, for the option file of a first stage.
 
     Raises:
         UserError: if the prior cannot be loaded, or something does not fit it.
@@ -81,7 +84,7 @@ def from_options(opt: Mapping[str, Any], device: torch.device) -> BlindRestorer:
     if stage is not None and stage.use != "start" and (blur is not None or options.observations):
         what = "blur" if blur is not None else "observations"
         raise UserError(f"option bird:first_stage: a target is restored instead of all else: remove bird:{what}")
-    first = _load_first(stage, device) if stage is not None and stage.model is not None else None
+    first = _load_first(stage, device, trust) if stage is not None and stage.model is not None else None
     about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
     if prior.file is not None:
         about.update(weights=os.path.basename(prior.file), weights_sha256=files.sha256_of(prior.file))
@@ -101,6 +104,7 @@ def load_model(
     dtype: Optional[str] = None,
     sampling: Optional[Mapping[str, Any]] = None,
     bird: Optional[Mapping[str, Any]] = None,
+    trust: bool = False,
 ) -> Restorer:
     """Build a network and load its weights; or load the prior of BIR-D.
 
@@ -116,14 +120,15 @@ def load_model(
             512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything. For BIR-D they are
             keys of ``bird: settings``.
         bird: for BIR-D, replaces keys of the option file's ``bird``, e.g. ``{"task": "deblur", "prior": "ffdnet"}``.
+        trust: whether an option file may import the modules that it names (``imports``), which runs their code.
 
     Raises:
         UserError: one line that names what is wrong.
     """
     chosen, notes = choose_device(device), {}
-    found = _blind(model, weights_file, dtype, sampling or {}, bird or {})
+    found = _blind(model, weights_file, dtype, sampling or {}, bird or {}, trust)
     if found is not None:
-        return from_options(found, chosen)
+        return from_options(found, chosen, trust)
     if model in zoo.names("model"):
         model = zoo.find(model)
     if model.endswith(".safetensors"):
@@ -140,7 +145,7 @@ def load_model(
                 f"{model} is neither an option file (.yml) nor a model file (.safetensors), and none of the package's:"
                 f" {did_you_mean(model, ['bird', *zoo.names('model')])}"
             )
-        opt = load_options(model, is_train=False)
+        opt = load_options(model, is_train=False, trust=trust)
         quality = model_files.jpeg_quality(opt)
         opt["root_path"] = os.getcwd()
         if weights_file is None:
@@ -181,7 +186,12 @@ def _digest(options: Any) -> str:
 
 
 def _blind(
-    model: str, weights_file: Optional[str], dtype: Optional[str], sampling: Mapping[str, Any], bird: Mapping[str, Any]
+    model: str,
+    weights_file: Optional[str],
+    dtype: Optional[str],
+    sampling: Mapping[str, Any],
+    bird: Mapping[str, Any],
+    trust: bool,
 ) -> Optional[dict]:
     """The options of BIR-D, if it is what ``model`` names."""
     of_bird = model == "bird"
@@ -204,6 +214,7 @@ def _blind(
     if bird.get("task", base.get("task")) != base.get("task"):
         raw.pop("scale", None)
     raw["bird"] = bird_options.merged({**base, **bird}, sampling)
+    import_custom(raw, trust, os.path.basename(model))
     return check_options(raw, is_train=False, where=os.path.basename(model))
 
 
