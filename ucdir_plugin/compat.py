@@ -8,13 +8,16 @@ it.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.util
+import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -32,6 +35,9 @@ if (
 import basicsr
 import basicsr.data.degradations
 import basicsr.models.lr_scheduler
+import basicsr.models.sr_model
+import basicsr.models.video_base_model
+import basicsr.test
 import basicsr.train
 import basicsr.utils.dist_util
 import basicsr.utils.options
@@ -63,7 +69,7 @@ from basicsr.utils.options import dict2str
 from mmengine.fileio import LocalBackend
 
 from ucdir_plugin.utils import checkpoints, training_states
-from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import NotMeasurable, UserError, did_you_mean
 from ucdir_plugin.utils.files import write_atomically
 
 __all__ = [
@@ -95,6 +101,7 @@ __all__ = [
     "mkdir_and_rename",
     "paired_random_crop",
     "set_learning_rates",
+    "take_over_option_files",
     "tensor2img",
 ]
 
@@ -237,6 +244,66 @@ def _model_ema(self: BaseModel, decay: float = 0.999) -> None:
         ema.copy_(live)
 
 
+def _calculate_metric(data: dict, opt: dict) -> float:
+    """Upstream's loop ends with the first image that a metric has no number for, as NIQE of 128x128 pixels."""
+    failures: tuple = (NotMeasurable,)
+    if opt["type"] == "calculate_niqe":
+        failures += (np.linalg.LinAlgError, ValueError, IndexError, RuntimeError, AssertionError)
+    try:
+        return calculate_metric(data, opt)
+    except failures as err:
+        size = "x".join(str(side) for side in data["img"].shape[1::-1])
+        get_root_logger().warning(f"{opt['type']} has no number for an image of {size} pixels: {err or type(err)}")
+        return math.nan
+
+
+class _OptionFile:
+    """What ``yaml.load`` takes for a loader; the reader that was handed to :func:`take_over_option_files` reads."""
+
+    read: Callable[[str], dict]
+    value: Callable[[str], Any]
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def get_single_data(self) -> Any:
+        if hasattr(self.stream, "name"):
+            return self.read(self.stream.name)
+        return self.value(self.stream if isinstance(self.stream, str) else self.stream.read())
+
+    def dispose(self) -> None:
+        """Nothing is held."""
+
+
+def take_over_option_files(
+    read: Callable[[str], dict],
+    value: Callable[[str], Any],
+    complete: Callable[[dict, argparse.Namespace, str, bool], dict],
+) -> None:
+    """Let BasicSR's own commands read option files as this package does.
+
+    Upstream runs python tags, evaluates ``--force_yml``, and takes 1e-2 for text.
+
+    Args:
+        read: a file's path -> its options.
+        value: a value of ``--force_yml`` as it was typed -> the value.
+        complete: options, arguments, the run's root folder and whether it trains -> the options to run with.
+    """
+    if basicsr.__version__ != _PATCHED_VERSION:
+        return
+    options = basicsr.utils.options
+    _, dumper = _upstream_yaml()
+    _OptionFile.read, _OptionFile.value = staticmethod(read), staticmethod(value)
+
+    def parse_options(root_path: str, is_train: bool = True) -> tuple[dict, argparse.Namespace]:
+        opt, args = _upstream_parse_options(root_path, is_train)
+        return complete(opt, args, root_path, is_train), args
+
+    options.ordered_yaml = lambda: (_OptionFile, dumper)
+    options._postprocess_yml_value = value
+    options.parse_options = basicsr.train.parse_options = basicsr.test.parse_options = parse_options
+
+
 def _put(self: LocalBackend, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
     """MMEngine 0.10 writes checkpoints in place: a kill leaves half of one under its name."""
     write_atomically(obj, filepath)
@@ -249,6 +316,8 @@ if basicsr.__version__ == _PATCHED_VERSION and not hasattr(BaseModel, "_ucdir_pl
     _upstream_init_dist = basicsr.utils.dist_util.init_dist
     basicsr.utils.dist_util.init_dist = basicsr.utils.options.init_dist = init_dist
     basicsr.train.load_resume_state = _load_resume_state
+    _upstream_parse_options, _upstream_yaml = basicsr.utils.options.parse_options, basicsr.utils.options.ordered_yaml
+    basicsr.models.sr_model.calculate_metric = basicsr.models.video_base_model.calculate_metric = _calculate_metric
     _upstream_model_to_device = BaseModel.model_to_device
     _upstream_model_ema = BaseModel.model_ema
     BaseModel.get_optimizer = _get_optimizer

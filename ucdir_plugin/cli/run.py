@@ -10,10 +10,14 @@ from types import ModuleType
 from typing import Iterator
 
 import torch.distributed as dist
+import yaml
 
+from ucdir_plugin.options.check import load_options
+from ucdir_plugin.options.reading import apply_overrides, read_options
 from ucdir_plugin.training import loop
 from ucdir_plugin.training.setup import setup
 from ucdir_plugin.training.stops import is_of_lost_rank, is_of_lost_worker
+from ucdir_plugin.utils import files
 from ucdir_plugin.utils.errors import UserError, WriteError
 
 
@@ -46,6 +50,8 @@ def test(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, is_train: bool) -> int:
+    if args.write:
+        return _write(args, is_train)
     if args.opt.endswith(".py"):
         return _mmengine().run_config(args, is_train)
     try:
@@ -56,6 +62,18 @@ def _run(args: argparse.Namespace, is_train: bool) -> int:
         if not str(err).startswith(("option ", "unknown option ")):
             raise
         raise type(err)(f"{os.path.basename(args.opt)}: {err}") from err
+
+
+def _write(args: argparse.Namespace, is_train: bool) -> int:
+    """Write the checked option file as one that needs no other."""
+    if os.path.exists(args.write):
+        raise UserError(f"--write {args.write}: it is there already; remove it, or name another file")
+    load_options(args.opt, args.force_yml, is_train, args.trust_config)
+    opt = read_options(args.opt)
+    apply_overrides(opt, args.force_yml)
+    files.write_text(f"# {args.opt}, complete\n{yaml.safe_dump(opt, sort_keys=False)}", args.write)
+    print(f"written: {args.write}")
+    return 0
 
 
 def _mmengine() -> ModuleType:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ucdir_plugin.compat import augment, get_root_logger
-from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
+from ucdir_plugin.data.samples import check_crop, constant, flips, option, some_of, to_sample
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError
@@ -56,7 +56,7 @@ class CleanImages(Dataset):
             check_crop((height, width), self.crop, path)
             top, left = random.randint(0, height - self.crop), random.randint(0, width - self.crop)
             gt = gt[top : top + self.crop, left : left + self.crop]
-            gt = augment(gt, self.opt["use_hflip"], self.opt["use_rot"])
+            gt = augment(gt, *flips(self.opt))
         return gt, path
 
     def generator(self, index: int) -> np.random.Generator:
@@ -121,5 +121,5 @@ class CleanImageDataset(CleanImages):
         if side > self.crop:
             view = cv2.resize(view, (self.crop, self.crop), interpolation=cv2.INTER_AREA)
         if self.train:
-            view = augment(view, self.opt["use_hflip"], self.opt["use_rot"])
+            view = augment(view, *flips(self.opt))
         return to_sample({"gt": view}, {"gt": path}, self.names[index], {})

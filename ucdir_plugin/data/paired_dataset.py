@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ucdir_plugin.compat import FileClient, augment, paired_random_crop
 from ucdir_plugin.data.lmdbs import lmdb_sizes, read_lmdb_names
-from ucdir_plugin.data.samples import check_crop, constant, option, some_of, to_sample
+from ucdir_plugin.data.samples import check_crop, constant, flips, option, some_of, to_sample
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 from ucdir_plugin.utils.image_reading import check_inside, decode_image, image_size, images_by_stem, list_images
@@ -84,7 +84,7 @@ class PairedRestorationDataset(Dataset):
         gt = option(opt, "dataroot_gt") if self.train else opt.get("dataroot_gt")
         self.crop = option(opt, "gt_size") if self.train else None
         self.client: FileClient | None = None
-        self.backend = dict(opt["io_backend"])
+        self.backend = dict(opt.get("io_backend") or {"type": "disk"})
         if self.backend.get("type") not in ("disk", "lmdb"):
             kind = self.backend.get("type")
             raise UserError(f"option datasets: {opt['name']}: io_backend: there is no type {kind!r}; use disk or lmdb")
@@ -145,7 +145,7 @@ class PairedRestorationDataset(Dataset):
     def _pair_files(self, gt: str, lq: str) -> list[tuple[str, str, str | None]]:
         """(key, degraded path, true path) of each pair, by relative path without extension."""
         what = f"option datasets: {self.opt['name']}: dataroot_"
-        template = self.opt["filename_tmpl"]
+        template = self.opt.get("filename_tmpl", "{}")
         try:
             template.format("a")
         except (LookupError, ValueError, AttributeError) as err:
@@ -198,7 +198,7 @@ class PairedRestorationDataset(Dataset):
         if self.train:
             check_crop(gt.shape[:2], self.crop, gt_path)
             gt, lq = paired_random_crop(gt, lq, self.crop, 1, gt_path)
-            gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
+            gt, lq = augment([gt, lq], *flips(self.opt))
         return to_sample({"lq": lq, "gt": gt}, {"lq": lq_path, "gt": gt_path}, key, self.conditions[index])
 
     def __len__(self) -> int:

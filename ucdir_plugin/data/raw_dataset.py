@@ -11,7 +11,7 @@ from ucdir_plugin.compat import augment, paired_random_crop
 from ucdir_plugin.data.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
 from ucdir_plugin.data.raw import develop, read_pairs
-from ucdir_plugin.data.samples import check_crop, constant, option, to_sample
+from ucdir_plugin.data.samples import check_crop, constant, flips, option, to_sample
 from ucdir_plugin.registry import register
 
 
@@ -58,7 +58,7 @@ class RawPairDataset(Dataset):
         if self.train:
             check_crop(gt.shape[:2], self.crop, pair.long)
             gt, lq = paired_random_crop(gt, lq, self.crop, 1, pair.long)
-            gt, lq = augment([gt, lq], self.opt["use_hflip"], self.opt["use_rot"])
+            gt, lq = augment([gt, lq], *flips(self.opt))
         condition = {**self.opt.get("condition", {}), "ratio": pair.ratio}
         paths = {"lq": pair.short, "gt": pair.long}
         return to_sample({"lq": lq, "gt": gt}, paths, f"{pair.key}.png", condition)  # as of the prepared image

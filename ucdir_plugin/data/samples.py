@@ -41,6 +41,11 @@ def some_of(items: list) -> list:
     return items[:: len(items) // 20000 + 1]
 
 
+def flips(opt: dict) -> tuple[bool, bool]:
+    """Whether a data set flips its crops, and whether it turns them: options ``use_hflip``, ``use_rot``."""
+    return bool(opt.get("use_hflip")), bool(opt.get("use_rot"))
+
+
 def constant(opt: dict) -> dict[str, tuple]:
     """The option ``condition``, as the data sets' ``tells`` have it."""
     return {name: (value,) for name, value in opt.get("condition", {}).items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -224,11 +224,15 @@ def _stamp(cfg: Mapping[str, Any], download: bool) -> dict[str, Any]:
             err.file.download(cfg.get("weights_dir"))
 
 
-def for_basicsr_loop(metrics: Optional[Metrics], weights_dir: Optional[str] = None) -> Optional[dict[str, dict]]:
+def for_basicsr_loop(
+    metrics: Optional[Metrics], weights_dir: Optional[str] = None, warn: Optional[Callable[[str], None]] = None
+) -> Optional[dict[str, dict]]:
     """Those metrics that a validation loop of BasicSR's own can measure: it has an image and its truth, no more.
 
-    The others are left out with a warning.
+    Args:
+        warn: is told of the others, which are left out. Default: the log.
     """
+    warn = warn or get_root_logger().warning
     kept = {}
     for name, given in (metrics or {}).items():
         cfg, reason = _with_folder(given, weights_dir), None
@@ -244,5 +248,5 @@ def for_basicsr_loop(metrics: Optional[Metrics], weights_dir: Optional[str] = No
         if reason is None:
             kept[name] = cfg
         else:
-            get_root_logger().warning(f"metric {name} is not measured in this model's own validation: {reason}")
+            warn(f"metric {name} is not measured in this model's own validation: {reason}")
     return kept or None

@@ -3,5 +3,6 @@
 from ucdir_plugin.models.bird_model import BIRDModel
 from ucdir_plugin.models.prior_model import DiffusionPriorModel
 from ucdir_plugin.models.ucdir_model import UCDIRModel
+from ucdir_plugin.training import basicsr_commands  # noqa: F401  (it takes over how BasicSR reads option files)
 
 __all__ = ["BIRDModel", "DiffusionPriorModel", "UCDIRModel"]

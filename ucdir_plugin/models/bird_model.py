@@ -11,6 +11,7 @@ from basicsr.models.sr_model import SRModel
 from ucdir_plugin.registry import register
 from ucdir_plugin.restoration import load
 from ucdir_plugin.restoration.bird import restore_sample
+from ucdir_plugin.training.validation import validate
 from ucdir_plugin.utils.errors import UserError
 
 
@@ -48,6 +49,10 @@ class BIRDModel(SRModel):
             ImageError: if this image cannot be restored.
         """
         self.initial, self.output, self.learned = restore_sample(self.restorer, self.lq, self.keys, self.known)
+
+    def validation(self, dataloader, current_iter, tb_logger, save_img: bool = False) -> None:
+        """BasicSR's entry point; the work is in :func:`ucdir_plugin.training.validation.validate`."""
+        validate(self, dataloader.dataset, current_iter, tb_logger, save_img)
 
     def get_current_visuals(self) -> OrderedDict:
         """Images of the last sample by name, on the CPU."""

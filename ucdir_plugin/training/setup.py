@@ -36,8 +36,8 @@ from ucdir_plugin.utils.versions import __version__
 from ucdir_plugin.zoo.model_files import find_weights
 
 
-def setup(args: argparse.Namespace, is_train: bool) -> dict:
-    """Options, distributed processes, paths below the working directory, seeds."""
+def setup(args: argparse.Namespace, is_train: bool, root_path: Optional[str] = None) -> dict:
+    """Options, distributed processes, paths below the working directory or ``root_path``, seeds."""
     opt = load_options(args.opt, args.force_yml, is_train, args.trust_config)
     if args.weights_dir:
         opt["val"]["weights_dir"] = args.weights_dir
@@ -80,7 +80,7 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
         if isinstance(value, str):
             path[key] = os.path.expanduser(value)
     check_options_fit(opt, is_train)
-    opt["root_path"] = os.getcwd()
+    opt["root_path"] = root_path or os.getcwd()
     root = os.path.join(opt["root_path"], "experiments" if is_train else "results", opt["name"])
     path.update(log=root, visualization=os.path.join(root, "visualization"))
     if is_train:
@@ -94,8 +94,6 @@ def setup(args: argparse.Namespace, is_train: bool) -> dict:
             opt["logger"]["print_freq"] = 1
     else:
         path["results_root"] = root
-    if opt["rank"] == 0:
-        get_root_logger().setLevel(logging.INFO)
     torch.backends.cudnn.benchmark = True
     memory.keep_freed_memory()
     seed_everything(opt["manual_seed"], "start")
@@ -260,6 +258,7 @@ def begin_training(opt: dict, option_file: str, engine: Engine) -> Begun:
     Raises:
         UserError: naming what is wrong.
     """
+    _speak(opt)
     text = option_text(option_file)
     (train_set,), val_sets = build_sets(opt, ("train",)), build_sets(opt, ("val",))
     saved = engine.find(opt)
@@ -289,6 +288,7 @@ def begin_test(opt: dict, overrides: List[str], engine: Engine) -> Tuple[Any, Li
     Raises:
         UserError: naming what is wrong.
     """
+    _speak(opt)
     if "network_g" in opt:
         find_weights(opt, overrides)
     sets = build_sets(opt, ("val", "test"))
@@ -299,6 +299,12 @@ def begin_test(opt: dict, overrides: List[str], engine: Engine) -> Tuple[Any, Li
     engine.make_folders(opt)
     _wait(opt)
     return model, sets, start_log(opt, "test")
+
+
+def _speak(opt: dict) -> None:
+    """Let what is said before the log's file is there be seen; BasicSR's own commands start their log themselves."""
+    if opt["rank"] == 0:
+        get_root_logger().setLevel(logging.INFO)
 
 
 def _wait(opt: dict) -> None:
