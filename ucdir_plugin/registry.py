@@ -45,6 +45,10 @@ HOOKS = _scoped(mm.HOOKS, "hooks")
 LOOPS = _scoped(mm.LOOPS, "loops")
 OPTIM_WRAPPERS = _scoped(mm.OPTIM_WRAPPERS, "optim")
 OPTIM_WRAPPER_CONSTRUCTORS = _scoped(mm.OPTIM_WRAPPER_CONSTRUCTORS, "optim")
+EVALUATORS = _scoped(mm.EVALUATOR, "metrics")
+for _root in [value for value in vars(mm).values() if isinstance(value, mm.Registry)]:
+    if SCOPE not in _root.children:  # MMEngine warns of each that lacks a configuration's default_scope
+        mm.Registry(_root.name, parent=_root, scope=SCOPE)
 
 BASICSR = {
     "arch": ARCH_REGISTRY,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
-from mmengine.evaluator import BaseMetric
+from mmengine.evaluator import BaseMetric, Evaluator
 
 from ucdir_plugin.compat import tensor2img
 from ucdir_plugin.evaluation.measure import Evaluation
 from ucdir_plugin.evaluation.tables import Results
 from ucdir_plugin.options.calls import check_metric
-from ucdir_plugin.registry import METRICS
+from ucdir_plugin.registry import EVALUATORS, METRICS
 
 _STAGES = {"lq": "input", "initial": "initial", "output": "restored"}
 
@@ -66,6 +66,18 @@ class RestorationMetrics(BaseMetric):
         whole.merge(results)
         self.measured = whole.results()
         return flat(self.measured)
+
+
+@EVALUATORS.register_module(name="RestorationMetrics")
+class RestorationEvaluator(Evaluator):
+    """:class:`RestorationMetrics` alone as an evaluator: MMEngine takes a mapping that has ``metrics`` for one.
+
+    Args:
+        metrics, more: those of :class:`RestorationMetrics`.
+    """
+
+    def __init__(self, metrics: Dict[str, Dict[str, Any]], **more: Any):
+        super().__init__(RestorationMetrics(metrics, **more))
 
 
 def flat(results: Results) -> Dict[str, float]:

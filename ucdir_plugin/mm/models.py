@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from copy import deepcopy
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
 import torch
 from mmengine.device import get_device
 from mmengine.dist import get_dist_info
+from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch.utils.data import default_collate
 
@@ -40,7 +42,7 @@ class DiffusionPreprocessor(BaseDataPreprocessor):
 
     def __init__(self, task: DiffusionTask):
         super().__init__()
-        self.task = task
+        self.task, self.told = task, False
 
     def forward(self, data: Union[Mapping, Sequence], training: bool = False) -> Dict[str, Any]:
         """A batch of images in [0, 1], with their ``sample_number`` (training) or ``key``, for the model's forward."""
@@ -49,12 +51,23 @@ class DiffusionPreprocessor(BaseDataPreprocessor):
         if not training:
             size = len(inputs["lq"] if "lq" in inputs else inputs["gt"])
             return {"inputs": inputs, "samples": _keys(data, size)}
-        if "sample_number" not in data:
-            raise UserError(
-                "the batch has no sample_number, of which noise is a function: use the sampler"
-                " ucdir_plugin.KeyedSampler and the dataset ucdir_plugin.BasicSRDataset"
+        if "sample_number" in data:
+            return {"inputs": inputs, "samples": data["sample_number"].tolist()}
+        return {"inputs": inputs, "samples": self._positions(len(inputs["gt"]))}
+
+    def _positions(self, size: int) -> List[int]:
+        """Where samples without a number stand in the training, counted over its iterations and processes."""
+        if not self.told:
+            self.told = True
+            print_log(
+                "the sampler gives no sample_number (ucdir_plugin.KeyedSampler does): noise is a function of a sample's"
+                " position in the training, but order, crops and flips after a resume are MMEngine's, and not the same",
+                logger="current",
+                level=logging.WARNING,
             )
-        return {"inputs": inputs, "samples": data["sample_number"].tolist()}
+        rank, world = get_dist_info()
+        first = (MessageHub.get_current_instance().get_info("iter", 0) * world + rank) * size
+        return list(range(first, first + size))
 
 
 class MMDiffusionModel(BaseModel):
