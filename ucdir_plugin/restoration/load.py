@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from typing import Any, Dict, Mapping, Optional
 
 import torch
@@ -34,7 +35,7 @@ from ucdir_plugin.restoration.bird_options import changed, known_kernel, other_s
 from ucdir_plugin.restoration.network import ONE_PASS, NetworkRestorer
 from ucdir_plugin.utils import checkpoints, files
 from ucdir_plugin.utils.devices import choose_device
-from ucdir_plugin.utils.errors import UserError, did_you_mean
+from ucdir_plugin.utils.errors import NotAvailable, UserError, did_you_mean
 from ucdir_plugin.zoo import model_files, priors
 
 
@@ -110,8 +111,8 @@ def load_model(
 
     Args:
         model: ``bird``, a model of the package (``jpeg_small``, see ucdir_plugin/zoo), an option file (.yml) of any
-            model with a ``network_g``, or a file (.safetensors) written by tools/convert_weights.py, which has its
-            options in it.
+            model with a ``network_g``, a file (.safetensors) written by tools/convert_weights.py, which has its
+            options in it, or one (.safetensors, .pth) of a network that spandrel recognises.
         weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
             the working directory, else its ``path: pretrain_network_g``.
         device: auto, cpu, cuda or cuda:N.
@@ -131,7 +132,13 @@ def load_model(
         return from_options(found, chosen, trust)
     if model in zoo.names("model"):
         model = zoo.find(model)
-    if model.endswith(".safetensors"):
+    state: Optional[Mapping[str, torch.Tensor]]
+    if _is_foreign(model):
+        opt, state, quality, key = _foreign(model), None, None, None
+        if weights_file is not None:
+            raise UserError(f"{model} has its weights in it: leave out {weights_file}")
+        weights_file = model
+    elif model.endswith(".safetensors"):
         if weights_file is not None:
             raise UserError(f"{model} has its weights in it: leave out {weights_file}")
         opt, state, notes = model_files.read_model(model)
@@ -156,8 +163,38 @@ def load_model(
             key = "params_ema"
         state, key = checkpoints.choose_state(checkpoints.read_checkpoint(weights_file), weights_file, key)
     check_network(opt["network_g"], "network_g")
+    about = {
+        "weights": os.path.basename(weights_file),
+        "weights_key": key,
+        "weights_sha256": files.sha256_of(weights_file),
+    }
+    restorer = of_weights(opt, state, weights_file, chosen, dtype, sampling, about)
+    return dataclasses.replace(restorer, notes=notes, jpeg_quality=quality)
+
+
+def of_weights(
+    opt: Mapping[str, Any],
+    state: Optional[Mapping[str, torch.Tensor]],
+    where: str,
+    chosen: torch.device,
+    dtype: Optional[str] = None,
+    sampling: Optional[Mapping[str, Any]] = None,
+    about: Optional[Mapping[str, Any]] = None,
+) -> NetworkRestorer:
+    """A restorer of checked options and weights.
+
+    Args:
+        state: None if the network has its weights by its options.
+        where: the weights come from, for errors.
+        dtype, sampling: as of :func:`load_model`.
+        about: the weights, for the record.
+
+    Raises:
+        UserError: if they do not fit.
+    """
     net = build_arch(opt["network_g"], "network_g")
-    checkpoints.load_state_dict(net, state, weights_file)
+    if state is not None:
+        checkpoints.load_state_dict(net, state, where)
     net = net.eval().requires_grad_(False).to(chosen)
     if chosen.type == "cpu":
         net = net.to(memory_format=torch.channels_last)  # what the layers would convert in each pass
@@ -165,20 +202,44 @@ def load_model(
         net.compile_networks()
     diffusion = isinstance(net, UCDIR)
     training = ScheduleOptions(**opt.get("diffusion", {})).schedule()
-    about = {
+    record = {
         "model": opt["name"],
-        "network": type(net).__name__,
-        "weights": os.path.basename(weights_file),
-        "weights_key": key,
-        "weights_sha256": files.sha256_of(weights_file),
+        "network": getattr(net, "architecture", type(net).__name__),
+        **(about or {}),
         "options_sha256": _digest([opt["network_g"], opt.get("diffusion"), opt["scale"]]),
         # The overlap from which on patches equal the whole image; None: the network looks at all of it.
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
-    return NetworkRestorer(
-        net, training if diffusion else None, options, chosen, opt["scale"], opt["manual_seed"], about, notes, quality
-    )
+    schedule = training if diffusion else None
+    return NetworkRestorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], record)
+
+
+_FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
+
+
+def _is_foreign(model: str) -> bool:
+    """Whether a file is of weights without this package's options in it: spandrel may know the network."""
+    return model.endswith(_FOREIGN) and os.path.isfile(model) and not model_files.is_model_file(model)
+
+
+def _foreign(path: str) -> dict:
+    """Options of a network that spandrel recognises.
+
+    Raises:
+        UserError: if it does not.
+    """
+    network = {"type": "Spandrel", "path": path}
+    try:
+        scale = build_arch(network, path).scale
+    except NotAvailable as err:
+        raise UserError(
+            f"{path} holds weights without options: beside its option file they are --weights, in a model file"
+            f" (tools/convert_weights.py) they go together; if it is a network of others: {err}"
+        ) from err
+    name = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(path))[0])[:100].strip(".") or "foreign"
+    options = {"name": name, "model_type": "SRModel", "scale": scale, "network_g": network}
+    return check_options(options, is_train=False, where=path)
 
 
 def _digest(options: Any) -> str:

@@ -16,6 +16,9 @@ from torch import nn
 from ucdir_plugin.utils import memory
 from ucdir_plugin.utils.errors import UserError
 
+OPTIONS = "ucdir_plugin.options"
+"""Name of a tensor of bytes beside the weights in a model file: its options, for programs that read tensors alone."""
+
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
     """Load a ``.pth`` or ``.safetensors`` file onto the CPU without running any code in it.
@@ -176,7 +179,10 @@ def choose_state(content: Any, path: str, param_key: str | None = "params") -> t
     if isinstance(content.get("state_dict"), Mapping):
         content = _of_mmengine(content["state_dict"])
     used = next((key for key in (param_key, "params", "params_ema") if key is not None and key in content), None)
-    return (content if used is None else content[used]), used
+    state = content if used is None else content[used]
+    if isinstance(state, Mapping) and OPTIONS in state:
+        state = {name: value for name, value in state.items() if name != OPTIONS}
+    return state, used
 
 
 def load_into(net: nn.Module, path: str, strict: bool = True, param_key: str | None = "params") -> str | None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Mapping, Optional
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ucdir_plugin.options.check import check_options
-from ucdir_plugin.registry import build_arch
-from ucdir_plugin.utils.checkpoints import choose_state, fitting_state_dict, numbered, read_checkpoint
+from ucdir_plugin.registry import build_arch, lookup
+from ucdir_plugin.utils.checkpoints import OPTIONS, choose_state, fitting_state_dict, numbered, read_checkpoint
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.files import write_atomically
 
@@ -127,12 +127,12 @@ def write_model(
         UserError: if the weights do not fit, or the file cannot be written.
     """
     state, _ = choose_state(read_checkpoint(source), source, "params_ema")
-    with torch.device("meta"):
-        net = build_arch(options["network_g"], "network_g")
+    net = build_arch(options["network_g"], "network_g")
     state = fitting_state_dict(net, state, source)
     kept = {
         k: options[k] for k in ("name", "model_type", "scale", "manual_seed", "network_g", "diffusion") if k in options
     }
+    kept["network_g"] = _without_files(options["network_g"])
     if "sampling" in options["val"]:
         kept["val"] = {"sampling": dict(options["val"]["sampling"])}
         if options["model_type"] == PRIOR_MODEL:  # of its pictures in training; the others are not its own
@@ -140,7 +140,32 @@ def write_model(
     if not target.endswith(".safetensors"):
         raise UserError(f"{target}: a model file ends with .safetensors")
     header = {"options": kept, "notes": dict(notes), "jpeg_quality": jpeg_quality(options)}
-    return write_safetensors(state, target, dtype, header)
+    counts = {"tensors": len(state), "parameters": sum(value.numel() for value in state.values())}
+    write_safetensors({**state, OPTIONS: _as_tensor(kept)}, target, dtype, header)
+    return counts
+
+
+def _as_tensor(options: Mapping[str, Any]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(options).encode()), dtype=torch.uint8)
+
+
+def options_among(state: Mapping[str, torch.Tensor], where: str) -> dict:
+    """Options that :func:`write_model` put among the weights, checked; for programs that hand over these alone.
+
+    Raises:
+        UserError: if they cannot be read, or name a file to be read.
+    """
+    tensor = state[OPTIONS]
+    try:
+        if tensor.dtype != torch.uint8 or tensor.numel() > 2**20:
+            raise ValueError
+        options = json.loads(bytes(tensor.cpu().numpy().tobytes()))
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{where}: its options cannot be read") from err
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: its options cannot be read")
+    _refuse_files(options.get("network_g"), where)
+    return check_options(options, is_train=False, where=where)
 
 
 def jpeg_quality(options: Mapping[str, Any]) -> Optional[tuple[int, int]]:
@@ -166,7 +191,7 @@ def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]
     Raises:
         UserError: if it is missing, damaged, or holds no options.
     """
-    state, content = read_checkpoint(path), _header(path)
+    state, content = choose_state(read_checkpoint(path), path, None)[0], _header(path)
     try:
         options, notes = content["options"], {str(k): str(v) for k, v in content["notes"].items()}
     except (KeyError, TypeError, AttributeError) as err:
@@ -174,4 +199,39 @@ def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]
             f"{path} holds weights without options: use it as --weights beside its option file,"
             " or make a model file of both with tools/convert_weights.py"
         ) from err
+    _refuse_files(options.get("network_g"), path)
     return check_options(options, is_train=False, where=path), state, notes
+
+
+def is_model_file(path: str) -> bool:
+    """Whether :func:`write_model` wrote it, as far as its name and header tell."""
+    try:
+        return path.endswith(".safetensors") and "options" in _header(path)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _without_files(cfg: Any) -> Any:
+    """A network's configuration in which none names a file, so that its weights and options are all there is."""
+    if not isinstance(cfg, Mapping):
+        return cfg
+    cfg = {key: _without_files(value) for key, value in cfg.items()}
+    cls = lookup("arch", cfg["type"]) if isinstance(cfg.get("type"), str) else None
+    return cls.without_files(cfg) if getattr(cls, "file_arguments", ()) else cfg
+
+
+def _refuse_files(cfg: Any, path: str) -> None:
+    """A model file chooses no other file to read.
+
+    Raises:
+        UserError: if a network in it wants one.
+    """
+    if not isinstance(cfg, Mapping):
+        return
+    kind = cfg.get("type")
+    names = getattr(lookup("arch", kind), "file_arguments", ()) if isinstance(kind, str) else ()
+    for name in names:
+        if cfg.get(name) is not None:
+            raise UserError(f"{path} is refused: its {kind} would read the file {cfg[name]}; a model file holds all")
+    for value in cfg.values():
+        _refuse_files(value, path)

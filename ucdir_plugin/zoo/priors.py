@@ -15,6 +15,7 @@ from ucdir_plugin import zoo
 from ucdir_plugin.archs import ADMUNet, FFDNet
 from ucdir_plugin.archs.padding import pad_to_multiple
 from ucdir_plugin.archs.sizing import check_network
+from ucdir_plugin.archs.spandrel_arch import recognises
 from ucdir_plugin.diffusion.prior import PREDICTIONS, DenoiserPrior, ExpertsPrior, NetworkPrior, Prior
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.options.schema import PriorScheduleOptions
@@ -26,6 +27,9 @@ from ucdir_plugin.zoo import model_files
 FFDNET_SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"
 FFDNET_SIGMA = 75 / 255
 """The largest noise that FFDNet was trained for."""
+
+DENOISER_SIGMA = 50 / 255
+"""The largest noise that denoisers are usually trained for (DRUNet, SCUNet); more is left to no file to say."""
 
 EXPERT = "+ffdnet"
 """End of the name of a prior that leaves little noise to FFDNet."""
@@ -112,6 +116,30 @@ def load_ffdnet(path: Optional[str] = None, device: torch.device | str = "cpu") 
     net = FFDNet()
     checkpoints.load_state_dict(net, checkpoints.read_checkpoint(path), path)
     prior = denoiser_prior(_ready(net, device), FFDNET_SIGMA)
+    prior.file = path
+    return prior
+
+
+def spandrel_knows(path: str) -> bool:
+    """Whether a file is of a network that spandrel recognises, which none of OpenAI's kind is; False without it."""
+    if importlib.util.find_spec("spandrel") is None or model_files.is_model_file(path):
+        return False
+    return recognises(checkpoints.read_checkpoint(path))
+
+
+def load_denoiser(path: str, device: torch.device | str = "cpu") -> DenoiserPrior:
+    """A denoiser of spandrel's: DRUNet, which is told the noise level, or a blind one, such as SCUNet.
+
+    Args:
+        path: its weights.
+
+    Raises:
+        UserError: if the network enlarges its images.
+    """
+    net = build_arch({"type": "Spandrel", "path": path}, f"prior {path}")
+    if net.scale != 1:
+        raise UserError(f"prior {path}: {net.architecture} enlarges images {net.scale} times: a denoiser is needed")
+    prior = denoiser_prior(_ready(net, device), DENOISER_SIGMA)
     prior.file = path
     return prior
 
@@ -252,6 +280,8 @@ def load_prior(
         return prior
     if os.path.isdir(name):
         return load_diffusers(name, device)
+    if os.path.isfile(name) and network is None and spandrel_knows(name):
+        return load_denoiser(name, device)
     if os.path.isfile(name):
         return load_adm(name, network, schedule, device)
     known = ["ffdnet", *zoo.names("prior")]

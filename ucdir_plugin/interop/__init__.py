@@ -1,0 +1,1 @@
+"""Other programs' ways to use what was trained here."""
