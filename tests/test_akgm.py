@@ -366,3 +366,46 @@ def test_transforms_and_tracing():
     traced = torch.jit.trace(adaptive_kernel_conv, inputs)
     larger = operands(3, 8, 4, 7, 9)
     torch.testing.assert_close(traced(*larger), literal(*larger), rtol=1e-5, atol=1e-5)
+
+
+# Bases that are not grouped
+
+
+def test_full_bases_are_a_kernel_for_each_position():
+    """Each position has its own kernel, the mix of the bases there, written out."""
+    batch, channels, bases, height, width, size = 2, 6, 3, 5, 7, 3
+    shapes = ((batch, channels, height, width), (channels * bases, channels, size, size), (channels * bases,))
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    mix = torch.randn((batch, bases, height, width), generator=generator, dtype=torch.float64)
+    kernels = torch.einsum("bnhw,cnikl->bhwcikl", mix, weight.view(channels, bases, channels, size, size))
+    biases = torch.einsum("bnhw,cn->bchw", mix, bias.view(channels, bases))
+    windows = F.unfold(x, size, padding=1).view(batch, channels, size, size, height, width)
+    expected = torch.einsum("bhwcikl,biklhw->bchw", kernels, windows) + biases
+    torch.testing.assert_close(convolution.adaptive_full_kernel_conv(x, weight, bias, mix), expected)
+
+
+def test_grouped_bases_are_full_ones_with_zeros():
+    x, weight, bias, mix = operands(2, 8, 4, 5, 6)
+    full = torch.zeros(8 * 4, 8, 3, 3)
+    for row in range(8 * 4):
+        group = (row // 4) // 2  # of output channel row // 4, two channels a group
+        full[row, group * 2 : group * 2 + 2] = weight[row]
+    expected = adaptive_kernel_conv(x, weight, bias, mix)
+    torch.testing.assert_close(convolution.adaptive_full_kernel_conv(x, full, bias, mix), expected)
+
+
+def test_a_network_with_full_bases_has_n_times_their_parameters():
+    from ucdir_plugin.archs import UCDIRDenoiser
+    from ucdir_plugin.utils.errors import UserError
+
+    small = {"inner_channel": 8, "channel_mults": [1, 2], "res_blocks": 1, "attn_res": [], "num_bases": 4}
+    nets = [UCDIRDenoiser(**small, grouped_bases=grouped) for grouped in (True, False)]
+    counts = [sum(v.numel() for k, v in net.named_parameters() if k.endswith("spdyconv.weight")) for net in nets]
+    assert counts[1] == 4 * counts[0] > 0
+    x, level, guide = torch.rand(1, 6, 12, 12), torch.tensor([0.5]), torch.rand(1, 3, 12, 12)
+    y = nets[1](x, level, guide)
+    assert y.shape == (1, 3, 12, 12) and y.isfinite().all()
+    y.sum().backward()
+    with pytest.raises(UserError, match="grouped_bases has no meaning for integration adain"):
+        UCDIRDenoiser(**small, integration="adain", grouped_bases=False)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from basicsr.data import build_dataset
 from basicsr.models import build_model
-from conftest import PHOTOS, ROOT
+from conftest import PHOTOS, ROOT, merged
 from torch.utils.data import default_collate
 
 from ucdir_plugin.diffusion.bird.tasks import TASKS
@@ -19,7 +19,8 @@ from ucdir_plugin.utils.errors import UserError
 
 FILES = sorted(p.relative_to(ROOT / "options").as_posix() for p in (ROOT / "options").rglob("*.yml"))
 FILES = [file for file in FILES if not file.startswith("mmengine/")]  # test_mmengine.py has those
-ALONE = [file for file in FILES if "/" not in file or file.startswith("study/")]
+FILES = [file for file in FILES if not file.startswith("basicsr/")]  # test_basicsr_commands.py
+ALONE = [file for file in FILES if "/" not in file or file.startswith(("study/", "rivals/"))]
 BIRD = [file for file in FILES if file.startswith("bird/")]
 PRIORS = [file for file in FILES if file.startswith("prior/")]
 VARIANTS = [file for file in FILES if file not in ALONE + BIRD + PRIORS]  # many, so without the tools
@@ -33,6 +34,9 @@ CUT = {
         "val:sampling:steps=2",
     ],
     "UCDIRDenoiser": [f"network_g:{change}" for change in DENOISER],
+    "NAFNet": [f"network_g:{change}" for change in ("width=8", "enc_blk_nums=[1]", "dec_blk_nums=[1]")],
+    "Uformer": [f"network_g:{change}" for change in ("embed_dim=16", "depths=[1, 1, 1, 1, 1, 1, 1, 1, 1]")],
+    "SwinIR": [f"network_g:{change}" for change in ("embed_dim=8", "depths=[1]", "num_heads=[2]")],
 }
 
 
@@ -59,10 +63,20 @@ def test_paper_settings(file):
     assert opt["datasets"]["train"]["gt_size"] == 256
 
 
-@pytest.mark.parametrize("file", ALONE)
+# Of a rival on other data only the data are other: those of SID run here, the others with -m campaign.
+MANY = [f for f in ALONE if f.startswith(("rivals/gopro", "rivals/jpeg"))]
+
+
+@pytest.mark.parametrize("file", [pytest.param(f, marks=pytest.mark.campaign) if f in MANY else f for f in ALONE])
 def test_trains_and_tests(file, workplace):
     raw = read_options(str(ROOT / "options" / file))
-    changes = [*CUT[raw["network_g"]["type"]], "train:total_iter=2", "val:val_freq=2", "logger:print_freq=1"]
+    network = raw["network_g"]
+    changes = [
+        *CUT[network.get("arch", network["type"])],
+        "train:total_iter=2",
+        "val:val_freq=2",
+        "logger:print_freq=1",
+    ]
     for phase, dataset in raw["datasets"].items():
         roots = [key for key in dataset if key.startswith("dataroot")]
         changes += [f"datasets:{phase}:{key}=photos" for key in roots]
@@ -172,6 +186,27 @@ def test_bird_files_restore_and_test(file, workplace):
     assert {"input", "restored"} <= set(json.loads(table.read_text())["mean"])
     learned = workplace.folder / "results" / opt["name"] / "visualization" / f"{opt['datasets']['val']['name']}_learned"
     assert (learned / "coffee.learned.npz").is_file() and (learned / "coffee.learned.png").is_file()
+
+
+def test_rivals_are_on_the_data_of_ucdir():
+    """For each of its three data sets the same systems, on the same data, measured in the same way."""
+    for base in ("sid", "gopro", "jpeg"):
+        ucdir = load_options(str(ROOT / "options" / f"{base}_ucdir.yml"))
+        for kind in ("regression", "dvsr", "nafnet", "uformer", "swinir"):
+            rival = load_options(str(ROOT / "options" / "rivals" / f"{base}_{kind}.yml"))
+            crop = {"gt_size": 128} if kind == "swinir" else {}
+            assert rival["datasets"] == merged(ucdir["datasets"], {"train": crop})
+            assert rival["val"]["metrics"] == ucdir["val"]["metrics"]
+            assert rival["train"]["total_iter"] == ucdir["train"]["total_iter"]
+
+
+def test_rivals_have_the_size_of_their_authors():
+    """Parameters as published: NAFNet-32 17.11 M (GoPro), Uformer-B 50.88 M, SwinIR 11.50 M (colour, without upsampling)."""
+    for kind, millions in (("nafnet", 17.11), ("uformer", 50.88), ("swinir", 11.50)):
+        opt = load_options(str(ROOT / "options" / "rivals" / f"gopro_{kind}.yml"))
+        with torch.device("cpu"):
+            count = sum(p.numel() for p in build_arch(opt["network_g"]).parameters())
+        assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_there_is_a_bird_file_for_each_task():

@@ -1,7 +1,9 @@
 """Intervals, the page, evaluate.py and compare.py."""
 
 import base64
+import csv
 import html
+import io
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import PHOTOS, TINY, assert_one_line_error, merged
 
-from ucdir_plugin.evaluation import compare, folders, intervals, report
+from ucdir_plugin.evaluation import compare, folders, formats, intervals, report
 from ucdir_plugin.evaluation import tables as result_tables
 from ucdir_plugin.evaluation.measure import Evaluation, measure
 from ucdir_plugin.utils.errors import UserError
@@ -523,7 +525,42 @@ def test_compare(workplace, sets, photos):
     shutil.rmtree(sets / "truth")
     done = workplace.run("compare.py", "a", "b", "-o", "three")
     assert done.returncode == 0 and "no pictures: none of the files is there" in done.stdout
-    assert sorted(p.name for p in (sets / "three").iterdir()) == ["comparison.json", "comparison.md"]
+    assert sorted(p.name for p in (sets / "three").iterdir()) == [
+        f"comparison.{kind}" for kind in ("csv", "json", "md", "tex")
+    ]
+
+
+def test_a_comparison_for_papers_and_spreadsheets(sets, photos):
+    """Values, intervals and differences are those of the JSON; the best of a column is bold; text is escaped."""
+    a, b, _ = tables(sets, photos)
+    b.name = "50%_of & #2"
+    a.results.protocols["loe"] = b.results.protocols["loe"] = {
+        "name": "LOE",
+        "type": "calculate_loe",
+        "better": "lower",
+    }
+    for run, value in ((a, 3.0), (b, 1.0)):
+        for row in run.rows.values():
+            row["metrics"]["restored"]["loe"] = value
+    found = compare.compare([a, b])
+    rows = list(csv.DictReader(io.StringIO(formats.comma_separated(found))))
+    assert len(rows) == 2 * len(found["columns"])
+    for row in rows:
+        column = next(c for c in found["columns"] if c["title"] == row["metric"])
+        cell = column["cells"][found["runs"].index(row["run"])]
+        assert float(row["value"]) == cell["value"] and row["better"] == column["better"]
+        assert [row["low"], row["high"]] == [str(bound) for bound in cell["interval"] or ("", "")]
+        if row["run"] == "a":
+            assert row["difference"] == ""
+        else:
+            assert float(row["difference"]) == cell["difference"]["mean"]
+    text = formats.latex(found)
+    body = [line for line in text.splitlines() if line.endswith(r"\\") and not line.startswith("%")]
+    assert body[0] == r"Method & PSNR $\uparrow$ & LOE $\downarrow$ \\"
+    assert body[1].startswith("a & ") and body[2].startswith(r"50\%\_of \& \#2 & ")
+    assert body[1].endswith(r"3.0000 \\") and body[2].endswith(r"\textbf{1.0000} \\")
+    assert text.count(r"\textbf") == len(found["columns"])
+    assert all(line.count(" & ") == len(found["columns"]) for line in body)
 
 
 def test_wrong_calls_of_compare(workplace, sets, photos):

@@ -64,6 +64,8 @@ class UCDIRDenoiser(nn.Module):
         num_bases: kernel bases N of each AKGM; all widths must be multiples of it. For the other integrations the
             channels of the guide's features.
         kernel_size: of the kernel bases, odd; other sizes than 3 are slower and need more memory.
+        grouped_bases: each kernel basis sees the channels of its own group (as released); false:
+            all channels, the form from which the paper starts, at N times the parameters and arithmetic.
         activation: ``swish`` or ``relu``, of the blocks and the head (not of the embeddings of scalars).
         guidance: where the spatial guide comes from: the ``initial`` prediction; the ``degraded`` image; ``internal``,
             each block's own feature map; ``none``: the scalars alone, M = S.
@@ -103,6 +105,7 @@ class UCDIRDenoiser(nn.Module):
         norm: Norm = "layernorm",
         num_bases: int = 8,
         kernel_size: int = 3,
+        grouped_bases: bool = True,
         activation: Activation = "swish",
         guidance: Guidance = "initial",
         integration: Integration = "akgm",
@@ -115,6 +118,8 @@ class UCDIRDenoiser(nn.Module):
         super().__init__()
         at_least_one(inner_channel=inner_channel, res_blocks=res_blocks, num_bases=num_bases, kernel_size=kernel_size)
         at_least_one(channel_mults=min(channel_mults, default=0))
+        if integration != "akgm" and not grouped_bases:
+            raise UserError(f"grouped_bases has no meaning for integration {integration}; remove it")
         check_name("activation", activation, ACTIVATIONS)
         check_name("guidance", guidance, get_args(Guidance))
         check_name("integration", integration, get_args(Integration))
@@ -142,6 +147,7 @@ class UCDIRDenoiser(nn.Module):
             "num_bases": num_bases,
             "norm": norm,
             "activation": activation,
+            "grouped_bases": grouped_bases,
             **self.shape_of_block,
         }
         last = len(channel_mults) - 1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ucdir_plugin.archs.akgm.convolution import adaptive_kernel_conv
+from ucdir_plugin.archs.akgm.convolution import adaptive_full_kernel_conv, adaptive_kernel_conv
 from ucdir_plugin.diffusion.conditions import Condition
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
@@ -121,7 +121,7 @@ class AKGBlock(nn.Module):
         emb_dim: width of the scalar condition's embedding.
         guide_channel: channels of the spatial guide.
         num_bases: kernel bases N.
-        norm, activation, guidance, integration, kernel_size: as of :class:`UCDIRDenoiser`.
+        norm, activation, guidance, integration, kernel_size, grouped_bases: as of :class:`UCDIRDenoiser`.
 
     Shape:
         x (B, channels, H, W), emb (B, emb_dim), features (B, num_bases, H, W) of :meth:`guide_features`, None where
@@ -140,9 +140,11 @@ class AKGBlock(nn.Module):
         guidance: Guidance = "initial",
         integration: Integration = "akgm",
         kernel_size: int = 3,
+        grouped_bases: bool = True,
     ):
         super().__init__()
         self.activation, self.guidance, self.integration = activation, guidance, integration
+        self.mixed_conv = adaptive_kernel_conv if grouped_bases else adaptive_full_kernel_conv
         # Names as in the released checkpoint.
         self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
         self.norm1 = make_norm(norm, channels)
@@ -154,8 +156,9 @@ class AKGBlock(nn.Module):
                 nn.Conv2d(source, 2 * num_bases, 1), SimpleGate(), nn.Conv2d(num_bases, num_bases, 3, padding=1)
             )
         if integration == "akgm":
+            groups = num_bases if grouped_bases else 1
             self.spdyconv = nn.Conv2d(
-                out_channels, out_channels * num_bases, kernel_size, padding=kernel_size // 2, groups=num_bases
+                out_channels, out_channels * num_bases, kernel_size, padding=kernel_size // 2, groups=groups
             )
         else:
             self.spread = nn.Conv2d(num_bases, out_channels * (2 if integration == "adain" else 1), 1)
@@ -184,7 +187,7 @@ class AKGBlock(nn.Module):
         """The second convolution, given what the sources of condition, M (B, num_bases, H or 1, W or 1), say."""
         if self.integration == "akgm":
             mix = mix.expand(-1, -1, *h.shape[-2:])
-            return adaptive_kernel_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
+            return self.mixed_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
         injected = self.spread(mix)
         if self.integration == "addition":
             return self.plainconv(h + injected)

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     stem = os.path.join(args.output, "comparison")
     print(
-        f"table: {stem}.md .json; "
+        f"table: {stem}.md .csv .tex .json; "
         + (f"pictures: {stem}.png" if pictured else "no pictures: none of the files is there")
     )
     return 0

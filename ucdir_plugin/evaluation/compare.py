@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ucdir_plugin.evaluation import intervals, tables
+from ucdir_plugin.evaluation import formats, intervals, tables
 from ucdir_plugin.evaluation.report import part
 from ucdir_plugin.metrics import protocol
 from ucdir_plugin.utils import files
@@ -297,7 +297,7 @@ def grid(runs: Sequence[Run], images: Sequence[str], stage: str) -> Optional[np.
 def write_comparison(
     runs: Sequence[Run], output: str, stage: str, images: Sequence[str], count: int
 ) -> tuple[str, bool]:
-    """Write ``comparison.json``, ``.md`` and, if there are pictures, ``comparison.png`` to the folder ``output``.
+    """Write ``comparison.json``, ``.md``, ``.csv``, ``.tex`` to a folder, and ``.png`` if there are pictures.
 
     Returns:
         the Markdown, and whether there is a grid.
@@ -309,6 +309,8 @@ def write_comparison(
     stem = os.path.join(output, "comparison")
     files.write_text(json.dumps(tables.finite(found), indent=1, allow_nan=False), f"{stem}.json")
     files.write_text(text, f"{stem}.md")
+    files.write_text(formats.comma_separated(found), f"{stem}.csv")
+    files.write_text(formats.latex(found), f"{stem}.tex")
     if picture is not None:
         write_atomically(cv2.imencode(".png", picture)[1].tobytes(), f"{stem}.png")
     return text, picture is not None

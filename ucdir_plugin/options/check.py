@@ -96,15 +96,19 @@ def _typed(raw: Dict[str, Any], model: ModelRules) -> dict:
         for key in {"start", "end"} & diffusion.keys() if cosine else ():
             raise UserError(f"option diffusion:{key} has no meaning for type cosine; remove it")
         raw = {**raw, "diffusion": {**model.schedule().model_dump(), **diffusion}}
-    try:
-        typed = Options.model_validate_json(to_json(raw, "options")).model_dump()
-    except ValidationError as err:
-        # A foreign model has its own idea of what it needs.
-        faults = [e for e in err.errors() if model.own or e["type"] != "extra_forbidden"]
-        if faults:
-            raise UserError(explain(faults[0])) from err
-        known = _without({tuple(e["loc"]) for e in err.errors()}, raw)
-        typed = Options.model_validate_json(to_json(known, "options")).model_dump()
+    known = raw
+    for _ in range(2):
+        try:
+            typed = Options.model_validate_json(to_json(known, "options")).model_dump()
+            break
+        except ValidationError as err:
+            # Nothing (~) is how a file takes out what its base has; a foreign model has its own idea of what it needs.
+            nothing = {tuple(e["loc"]) for e in err.errors() if e["input"] is None and e["type"] != "extra_forbidden"}
+            unknown = set() if model.own else {tuple(e["loc"]) for e in err.errors() if e["type"] == "extra_forbidden"}
+            faults = [e for e in err.errors() if tuple(e["loc"]) not in nothing | unknown]
+            if faults or known is not raw:
+                raise UserError(explain((faults or err.errors())[0])) from err
+            known = _without(nothing | unknown, raw)
     opt = _merge(raw, typed)
     if opt["diffusion"]["type"] == "cosine":
         del opt["diffusion"]["start"], opt["diffusion"]["end"]

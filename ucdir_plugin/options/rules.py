@@ -358,7 +358,7 @@ def foreign_training(checked: Checked) -> None:
         if of_basicsr and checked.raw["train"].get(key) is not None:
             owner = "DiffusionPriorModel" if key == "variance_opt" else "UCDIRModel"
             raise UserError(f"option train:{key} is for {owner}; {checked.name} would ignore it")
-        if key not in checked.raw["train"]:
+        if checked.raw["train"].get(key) is None:
             del checked.opt["train"][key]
 
 

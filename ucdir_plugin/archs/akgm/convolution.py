@@ -71,6 +71,32 @@ def adaptive_kernel_conv_loop(
     return torch.cat(groups, 1).to(x.dtype)
 
 
+def adaptive_full_kernel_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mix: torch.Tensor
+) -> torch.Tensor:
+    """The same with kernel bases that are not grouped, each C -> C: the paper's first form, N times the arithmetic.
+
+    y[c] = sum_n mix[n] * (bias[c, n] + weight[c, n] * x). One basis after the other, so that C * N channels are never
+    held at a time in inference.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C * N, C, k, k), k odd, row c * N + n for output channel c and basis n.
+        bias: (C * N,).
+        mix: (B, N, H, W).
+
+    Returns:
+        (B, C, H, W), dtype of x.
+    """
+    bases = mix.shape[1]
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y: Optional[torch.Tensor] = None
+    for n in range(bases):
+        part = F.conv2d(x, weight[n::bases], bias[n::bases], padding=weight.shape[-1] // 2) * mix[:, n : n + 1]
+        y = part if y is None else y + part
+    return y.to(x.dtype)
+
+
 def choose(x: torch.Tensor, bases: int) -> Optional[ModuleType]:
     """The module whose ``forward`` and ``backward`` are the fastest for an input; None is the loop."""
     if x.device.type == "cpu":
