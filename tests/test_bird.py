@@ -502,6 +502,16 @@ def test_presets_of_the_papers():
     assert preset("gdp", "lowlight").kernel_size == 1  # GDP's gain is a number
     assert not preset("paper").clip_x0
     assert not preset("paper").noise_target
+    y = torch.rand(2, 3, 12, 10)
+    for name, task in TASKS.items():  # Algorithm 1: K and M of each task, both random at first, M of the image's size
+        known = torch.ones(1, 1, 12, 10) if task.holes else None
+        start = task.degradation(y, preset("paper", name), known)
+        assert start.mask.shape == (2, 1, 12 * task.factor, 10 * task.factor)
+        assert 0 <= start.mask.min() < start.mask.max() < 1e-4 and start.kernel.std() > 0
+        others = [task.degradation(y, preset(other, name), known).mask for other in ("default", "guided", "gdp")]
+        assert all(mask is None or not mask.any() for mask in others)
+        released = task.degradation(y, preset("released", name), known).mask
+        assert (released is not None) == task.mask and (released is None or 0 < released.max() < 1e-4)
     assert preset("default", "sr4").data.kernel_error == 0
 
 
@@ -599,7 +609,7 @@ def test_a_hole_mask_of_a_batch_and_gray_observations():
 
 
 def test_presets_are_those_of_before():
-    """Settings of every preset for every task, as they were at commit 87dc1b5."""
+    """Settings of every preset for every task, as at commit 87dc1b5 but for the masks of paper and released."""
     stored = json.loads((Path(__file__).parent / "presets.json").read_text())
     found = {f"{name} {task}": repr(preset(name, task)) for name in PRESETS for task in (None, *TASKS)}
     assert found == stored

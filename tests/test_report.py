@@ -556,7 +556,7 @@ def test_a_comparison_for_papers_and_spreadsheets(sets, photos):
             assert float(row["difference"]) == cell["difference"]["mean"]
     text = formats.latex(found)
     body = [line for line in text.splitlines() if line.endswith(r"\\") and not line.startswith("%")]
-    assert body[0] == r"Method & PSNR $\uparrow$ & LOE $\downarrow$ \\"
+    assert body[0] == r"Method & NIQE $\downarrow$ & PSNR $\uparrow$ & LOE $\downarrow$ \\"
     assert body[1].startswith("a & ") and body[2].startswith(r"50\%\_of \& \#2 & ")
     assert body[1].endswith(r"3.0000 \\") and body[2].endswith(r"\textbf{1.0000} \\")
     assert text.count(r"\textbf") == len(found["columns"])

@@ -49,6 +49,18 @@ def convolve(x: torch.Tensor, kernel: torch.Tensor, padding: Padding = "reflect"
     return y.view(b, c, *y.shape[-2:])
 
 
+def start_mask(batch: int, size: Tuple[int, int], start: Literal["zero", "random"], key: Tuple = (0,)) -> torch.Tensor:
+    """A mask to start from, (batch, 1, *size) on the scale of [0, 1].
+
+    Args:
+        start: ``zero``, or ``random``, uniform in [0, 1e-4), the same for each image, as in the release.
+        key: of the random numbers.
+    """
+    if start == "zero":
+        return torch.zeros(batch, 1, *size)
+    return torch.rand((1, *size), generator=generator(*key, "mask")).expand(batch, 1, *size).clone() / 10_000
+
+
 def start_kernel(
     batch: int,
     size: int,

@@ -35,6 +35,8 @@ class Settings:
         noise_target: compare with y noised as x_t (3 of the 4 released scripts) instead of y itself (paper).
         passes: with ``noise_target``, how often in a step, each with its own noise, the mean of which counts.
         kernel_size, kernel_start: see :func:`start_kernel`; the size is the task's if None.
+        mask_start: ``zero``, or ``random``, uniform in [0, 1e-4) as in the released low-light script.
+        mask_always: M is of every task (Algorithm 1), and not only of those that have one.
         padding: of the convolution; ``valid`` makes x larger than y by k // 2 on each side, and crops it at the end.
     """
 
@@ -55,6 +57,8 @@ class Settings:
     passes: int = 1
     kernel_size: Optional[int] = None
     kernel_start: Literal["delta", "gaussian", "edges", "random"] = "delta"
+    mask_start: Literal["zero", "random"] = "zero"
+    mask_always: bool = False
     padding: Padding = "valid"
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ PRESETS: Dict[str, Settings] = {
         padding="reflect",
         **_REVERSE,
     ),
-    # Algorithm 1, in standard DDPM symbols.
+    # Algorithm 1, in standard DDPM symbols: K and a mask for each task, both random at first.
     "paper": Settings(
         data=data_steps.Gradient(AdaptiveScale(initial=None, denominator="x0", absolute=False, cap=None)),
         kernel=kernel_steps.Gradient(rate=0.01, mask_rate=0.01, mask_per_pixel=False, simplex=False),
@@ -98,6 +102,8 @@ PRESETS: Dict[str, Settings] = {
         variance="posterior",
         clip_x0=False,
         kernel_start="random",
+        mask_start="random",
+        mask_always=True,
         padding="zeros",
         **_REVERSE,
     ),
@@ -109,6 +115,7 @@ PRESETS: Dict[str, Settings] = {
         noise_target=True,
         passes=4,
         kernel_start="edges",
+        mask_start="random",
         padding="zeros",
         **_REVERSE,
     ),

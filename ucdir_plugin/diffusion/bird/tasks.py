@@ -12,7 +12,7 @@ import torch
 
 from ucdir_plugin.diffusion.bird import data_steps, kernel_steps
 from ucdir_plugin.diffusion.bird.data_steps import FixedScale
-from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
+from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel, start_mask
 from ucdir_plugin.diffusion.bird.operators import BlockMean, ChannelMean, Compose, HoleMask, Operator, Unsaturated
 from ucdir_plugin.diffusion.bird.settings import PRESETS, Settings
 from ucdir_plugin.utils.errors import UserError, did_you_mean
@@ -132,7 +132,8 @@ class Task:
             start = start * gain.clamp(0.02, 1).view(-1, 1, 1, 1, 1)
         operator = self.operator(known)
         size = (y.shape[-2] * operator.shrinks, y.shape[-1] * operator.shrinks)
-        mask = y.new_zeros(len(y), 1, *size) if self.mask else None
+        mask = start_mask(len(y), size, settings.mask_start, key).to(y.device)
+        mask = mask if self.mask or settings.mask_always else None
         return Degradation(start, mask, operator, settings.padding)
 
     def degradations(
