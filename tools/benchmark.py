@@ -70,6 +70,9 @@ def parse_args() -> argparse.Namespace:
     bird.add_argument("--source", metavar="DIR", help="photographs to blur and restore, instead of the cost")
     bird.add_argument("--images", type=int, default=12, help="--source: the first so many (default: %(default)s)")
     bird.add_argument("--prior", default="ffdnet", help="--source: as of tools/restore.py (default: %(default)s)")
+    bird.add_argument(
+        "--presets", nargs="+", metavar="NAME", help="--source: compare these, with a prior that generates (natural64)"
+    )
     args = parser.parse_args()
     figure = getattr(args, "figure", None)
     if figure and not os.path.isdir(os.path.dirname(os.path.abspath(figure))):

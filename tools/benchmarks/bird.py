@@ -7,7 +7,7 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,6 +194,43 @@ def _exposures(truth: torch.Tensor, names: List[str], prior: Prior) -> List[Dict
             row[f"{name} dB"], row[f"{name}, gain fitted dB"] = round(max(plain), 2), round(max(even), 2)
         rows.append(row)
     return rows
+
+
+def presets(folder: str, count: int, size: int, prior: str, names: Sequence[str]) -> List[dict]:
+    """Blind deblurring of centre crops by several presets with one prior, which must generate images.
+
+    Args:
+        folder, count, size: as of :func:`quality`.
+        names: of the presets.
+    """
+    keys, truth = _crops(folder, count, size)
+    loaded = priors.load_prior(prior)
+    rows = []
+    for title, blur in BLURS.items():
+        kernel = known_kernel(blur).expand(len(truth), -1, -1, -1, -1)
+        y = _eight_bits(Degradation(kernel)(truth), keys)
+        before = _psnr(y, truth)
+        for name in names:
+            settings = preset(name, "deblur")
+            started = time.perf_counter()
+            observed = y * 2 - 1
+            start = TASKS["deblur"].degradation(observed, settings)
+            found = Solver(loaded, [(observed, start)], settings, image_noise(0, keys)).run()
+            seconds = time.perf_counter() - started
+            whole = [i for i in range(count) if i not in found.failed]
+            after = _psnr((found.image + 1) / 2, truth)
+            rows.append(
+                {
+                    "blur": title,
+                    "preset": name,
+                    "input dB": round(statistics.mean(before), 2),
+                    "restored dB": round(statistics.mean(after[i] for i in whole), 2) if whole else "-",
+                    "below input": sum(after[i] < before[i] for i in whole),
+                    "not finite": count - len(whole),
+                    "s per image": round(seconds / count, 1),
+                }
+            )
+    return [result(f"presets, prior {prior}, {count} crops {size}x{size} of {folder}, {keys[0]} first", rows)]
 
 
 def quality(folder: str, count: int, size: int, prior: str = "ffdnet") -> List[dict]:

@@ -59,6 +59,10 @@ def _complexity(args: argparse.Namespace) -> list:
 
 def _bird(args: argparse.Namespace) -> list:
     at_least_one(images=args.images)
+    if args.presets and not args.source:
+        raise UserError("--presets restore photographs: add --source, the folder of them")
+    if args.presets:
+        return bird.presets(args.source, args.images, args.size, args.prior, args.presets)
     if args.source:
         return bird.quality(args.source, args.images, min(args.size, 128), args.prior)
     return bird.cost(args.size, args.repeats)
