@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     bird = parser.add_argument_group("BIR-D")
     bird.add_argument("--task", help="blind, deblur, motion, sr4, inpaint, colorize, lowlight, hdr or multi")
     bird.add_argument("--prior", help="ffdnet (default), natural64, natural64+ffdnet, a folder of diffusers, or a file")
-    bird.add_argument("--preset", help="default, guided, paper, released or gdp")
+    bird.add_argument("--preset", help="default (goes beyond the paper), guided, paper, released or gdp: docs/bird.md")
     bird.add_argument("--noise", type=float, metavar="SIGMA", help="of the input, of 255 (default: 2)")
     bird.add_argument(
         "--observations", nargs="+", metavar="FILE", help="of one scene, instead of -i or beside it; or folders of them"

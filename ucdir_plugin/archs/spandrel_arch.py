@@ -20,6 +20,10 @@ _TOLD_A_LEVEL = ("DRUNet",)
 """Architectures that take a map of the noise level beside the image."""
 
 
+class UnknownNetwork(UserError):
+    """spandrel knows no network with such weights."""
+
+
 def _spandrel() -> Any:
     """The package, with the architectures of spandrel_extra_arches where that is installed.
 
@@ -85,10 +89,7 @@ def _recognised(state: Any, what: str, arch: Optional[str] = None) -> Any:
         else:
             found = spandrel.MAIN_REGISTRY[arch].architecture.load(state)
     except spandrel.UnsupportedModelError as err:
-        raise UserError(
-            f"{what}: it is of none of the architectures that spandrel knows; weights of an option file go beside it:"
-            " -opt FILE.yml --weights"
-        ) from err
+        raise UnknownNetwork(f"{what}: it is of none of the architectures that spandrel knows") from err
     except Exception as err:  # whatever building a network from damaged or foreign weights raises
         raise UserError(f"{what}: spandrel cannot load it: {type(err).__name__}: {err}") from err
     if not isinstance(found, spandrel.ImageModelDescriptor):

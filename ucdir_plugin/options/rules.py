@@ -214,13 +214,16 @@ def datasets(checked: Checked) -> None:
     classes = {name: registry.lookup("dataset", name) for name in registry.names("dataset")}
     own = {name: cls.options for name, cls in classes.items() if is_own(cls)}
     special = _BASICSR_DATASET.union(*own.values())
+    fields = DatasetOptions.model_fields.items()
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields}
     for phase, dataset in checked.opt["datasets"].items():
         where, name = f"datasets:{phase}", dataset["type"]
         registry.lookup("dataset", name, f"option {where}:type")
         if name not in own:
             continue
         keys = {key: value for key, value in checked.raw["datasets"][phase].items() if value is not None}
-        for key in sorted(special & {k for k, v in keys.items() if v} - own[name].keys()):
+        told = {k for k, v in keys.items() if v and not (k in defaults and v == defaults[k])}
+        for key in sorted(special & told - own[name].keys()):
             raise UserError(f"option {where}:{key} has no meaning for {name}; remove it")
         known = {*DatasetOptions.model_fields, *own[name]}
         for key in keys:

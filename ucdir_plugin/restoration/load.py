@@ -14,8 +14,9 @@ import torch
 from ucdir_plugin import zoo
 from ucdir_plugin.archs import UCDIR
 from ucdir_plugin.archs.sizing import check_network
+from ucdir_plugin.archs.spandrel_arch import UnknownNetwork
 from ucdir_plugin.diffusion.bird import solver
-from ucdir_plugin.diffusion.bird.settings import ablation
+from ucdir_plugin.diffusion.bird.settings import ABOUT, ablation
 from ucdir_plugin.diffusion.bird.tasks import preset, task_named
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.options.check import check_options, import_custom, load_options
@@ -89,7 +90,8 @@ def from_options(opt: Mapping[str, Any], device: torch.device, trust: bool = Fal
     about: Dict[str, Any] = {"model": opt["name"], "prior": options.prior}
     if prior.file is not None:
         about.update(weights=os.path.basename(prior.file), weights_sha256=files.sha256_of(prior.file))
-    notes = {f"prior {options.prior}: {name}": text for name, text in prior.notes.items()}
+    notes = {f"preset {options.preset}": ABOUT[options.preset]} if options.solver == "bird" else {}
+    notes.update((f"prior {options.prior}: {name}", text) for name, text in prior.notes.items())
     return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about, notes)
 
 
@@ -232,10 +234,11 @@ def _foreign(path: str) -> dict:
     network = {"type": "Spandrel", "path": path}
     try:
         scale = build_arch(network, path).scale
-    except NotAvailable as err:
+    except (NotAvailable, UnknownNetwork) as err:
+        reason = "spandrel does not know the network" if isinstance(err, UnknownNetwork) else str(err)
         raise UserError(
-            f"{path} holds weights without options: beside its option file they are --weights, in a model file"
-            f" (tools/convert_weights.py) they go together; if it is a network of others: {err}"
+            f"{path} holds weights without options ({reason}): use it as --weights beside its option file (-opt), or"
+            " make a model file of both with tools/convert_weights.py"
         ) from err
     name = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(path))[0])[:100].strip(".") or "foreign"
     options = {"name": name, "model_type": "SRModel", "scale": scale, "network_g": network}

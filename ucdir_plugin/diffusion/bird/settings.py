@@ -130,6 +130,17 @@ PRESETS: Dict[str, Settings] = {
 }
 
 
+ABOUT: Dict[str, str] = {
+    "default": "a plug-and-play diffusion loop with a proximal data step and a kernel step by least squares; beyond the"
+    " paper, whose own way is guided",
+    "guided": "the paper's gradient guidance with its adaptive scale, its open points mended",
+    "paper": "Algorithm 1 of the paper to the letter; most results are far worse than the input (docs/bird.md)",
+    "released": "the released scripts, bug for bug; most results are far worse than the input (docs/bird.md)",
+    "gdp": "Generative Diffusion Prior (arXiv 2304.01247): the operator is known, the scale fixed",
+}
+"""What each preset is, for its user."""
+
+
 def ablation(settings: Settings, model: Literal["A", "B", "C", "D"]) -> Settings:
     """Models of Table 5: A neither learns K nor adapts s, B adapts s, C learns K, D does both (BIR-D).
 
