@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -473,3 +474,16 @@ def test_wrong_arguments_are_answered_before_anything_is_loaded(tmp_path, tool, 
 def test_wrong_arguments_are_named(tmp_path, tool, args, words):
     done = subprocess.run([sys.executable, ROOT / "tools" / f"{tool}.py", *args], capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert_one_line_error(done, words)
+
+
+def test_the_help_of_restore_names_what_there_is():
+    """It stands outside the package, which would have to be imported for the names: they are repeated, and held here."""
+    from ucdir_plugin.diffusion.bird.settings import PRESETS
+    from ucdir_plugin.diffusion.bird.tasks import TASKS
+    from ucdir_plugin.diffusion.samplers import SAMPLERS
+    from ucdir_plugin.options.schema import SPACINGS
+
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "restore.py"), "-h"], capture_output=True, text=True)
+    words = set(re.findall(r"[\w+]+", done.stdout))
+    assert set(SAMPLERS) | set(TASKS) | set(PRESETS) <= words
+    assert set(SPACINGS) - {"rescale"} <= words  # of the release's schedule: an option file's
