@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 
 import cv2
 import numpy as np
@@ -13,6 +12,7 @@ from skimage import data
 from test_metrics import needs
 from test_tools import TORCHRUN
 
+from ucdir_plugin.compat import get_root_logger
 from ucdir_plugin.evaluation import tables as result_tables
 from ucdir_plugin.evaluation.measure import Evaluation, for_basicsr_loop, measure
 from ucdir_plugin.metrics import distances, features, perceptual, protocol
@@ -121,7 +121,7 @@ def test_a_metric_that_one_process_lacks(images, monkeypatch):
 
 def test_what_is_not_available_goes_missing_alone(images, caplog, monkeypatch):
     """Weights that are not there at the start, and a package that fails at the first image."""
-    monkeypatch.setattr(logging.getLogger("basicsr"), "propagate", True)
+    monkeypatch.setattr(get_root_logger(), "propagate", True)  # made at the first call, which sets this
     metrics = {"lpips": {"type": "calculate_lpips"}, "fid": {"type": "calculate_fid"}, "broken": {"type": "breaks"}, **{"psnr": METRICS["psnr"]}}  # fmt: skip
 
     @described(lambda: {"name": "Broken"})
@@ -245,7 +245,7 @@ def test_stamps_tell_protocols_apart():
 
 
 def test_metrics_for_basicsrs_own_loop(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("basicsr"), "propagate", True)
+    monkeypatch.setattr(get_root_logger(), "propagate", True)  # made at the first call, which sets this
     kept = for_basicsr_loop({**METRICS, "lpips": {"type": "calculate_lpips"}})
     assert set(kept) == {"psnr", "niqe"}
     for reason in ("fid is not measured in this model's own validation: it is of a set", "loe is not", "lpips is not"):
@@ -347,3 +347,58 @@ def test_in_mmengine(images):
     assert "put alexnet" in measured.unavailable["lpips"]
     with pytest.raises(UserError, match="metrics:m:type: there is no metric 'calculate_fidd'"):
         Evaluator({"type": "ucdir_plugin.RestorationMetrics", "metrics": {"m": {"type": "calculate_fidd"}}})
+
+
+def test_a_reference_that_is_nobodys_truth(images, tmp_path, colours):
+    """FID and KID of all results' patches against all of the reference's, whatever their number; the truths do not count."""
+    paths = []
+    for name, picture in (("x", data.chelsea()), ("y", data.coffee()[:200, :300])):
+        paths.append(str(tmp_path / f"{name}.png"))
+        cv2.imwrite(paths[-1], picture[..., ::-1])
+    evaluation = Evaluation(METRICS, reference=paths)
+    for key, (lq, result, truth) in images.items():
+        evaluation.add(key, {"input": lq, "restored": result}, truth, lq)
+    results = evaluation.results()
+
+    def extract(pictures):
+        return np.concatenate(
+            [distances.patch_features(p, "colours", 32, 0, None) for p in pictures if min(p.shape[:2]) >= 32]
+        )
+
+    others = extract([cv2.imread(path) for path in paths])
+    for stage, place in (("input", 0), ("restored", 1)):
+        own = extract([images[key][place] for key in sorted(images)])
+        found = results.sets[stage]
+        assert found["fid"]["value"] == pytest.approx(distances.frechet_distance(own, others))
+        assert found["kid"]["value"] == pytest.approx(distances.kernel_distance(own, others))
+        assert (found["fid"]["images"], found["fid"]["left_out"]) == (2, 1)
+    assert results.protocols["fid"]["reference"] == f"2 unpaired images of {tmp_path.name}"
+    assert "reference" not in results.protocols["psnr"]
+    paired = evaluated(images).results()
+    both = [r.protocols for r in (results, paired)]
+    assert [names for title, names in result_tables.columns(both) if "FID" in title] == [["fid", None], [None, "fid"]]
+    assert paired.sets["restored"]["fid"]["value"] != results.sets["restored"]["fid"]["value"]
+    shares = [Evaluation(METRICS, reference=paths) for _ in images]
+    for share, (key, (lq, result, _)) in zip(shares, images.items()):
+        share.add(key, {"input": lq, "restored": result}, None, lq)
+    shares[0].merge([share.share() for share in shares[1:]])
+    assert shares[0].results().sets == results.sets
+
+
+def test_reference_by_the_command(workplace):
+    (workplace.folder / "none").mkdir()
+    (workplace.folder / "one").mkdir()
+    (workplace.folder / "one" / "a.png").write_bytes((workplace.folder / "photos" / "coffee.png").read_bytes())
+    for folder, words in (("none", "none"), ("one", "there is one image"), ("nowhere", "nowhere")):
+        done = workplace.run(
+            "evaluate.py", "photos", "--reference", folder, "--metrics", "fid:network=efficientnet_lite0"
+        )
+        assert_one_line_error(done, "--reference", words)
+    metrics = ("--metrics", "niqe", "kid:network=efficientnet_lite0,patch_size=32")
+    done = workplace.run("evaluate.py", "photos", "--reference", "photos", *metrics, "-o", "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    stored = json.loads((workplace.folder / "out" / "metrics.json").read_text())
+    assert stored["protocols"]["kid"]["reference"] == "3 unpaired images of photos"
+    assert stored["sets"]["restored"]["kid"]["value"] < 0.2  # unbiased: of the same few images it is below 0
+    done = workplace.run("evaluate.py", "photos", "--metrics", "kid:network=efficientnet_lite0")
+    assert_one_line_error(done, "give GT (or --reference)")

@@ -179,6 +179,19 @@ def test_a_first_stage_and_a_prior_of_bir_d(workplace):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_what_was_trained_here_is_recognised_too(tmp_path):
+    """Weights of a training have the arch's prefix; averages go before the others."""
+    path = saved("DRUNet", tmp_path)
+    net = build_arch({"type": "Spandrel", "path": path}).eval()
+    first = {key: torch.zeros_like(value) for key, value in net.state_dict().items()}
+    torch.save({"params": first, "params_ema": net.state_dict()}, tmp_path / "net_g_2.pth")
+    again = build_arch({"type": "Spandrel", "path": str(tmp_path / "net_g_2.pth")}).eval()
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(again(image), net(image))
+    assert priors.load_prior(str(tmp_path / "net_g_2.pth")).denoise(image, torch.tensor([0.1])).shape == image.shape
+
+
 def test_the_noise_level_is_handed_over(tmp_path):
     path = saved("DRUNet", tmp_path)
     prior = priors.load_prior(path)

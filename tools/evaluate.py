@@ -3,6 +3,7 @@
 python tools/evaluate.py restored/ truths/
 python tools/evaluate.py restored/ truths/ --input degraded/ --metrics psnr fid:network=efficientnet_lite0
 python tools/evaluate.py restored/ --metrics niqe
+python tools/evaluate.py restored/ --reference faces/ --metrics fid kid niqe
 
 Images belong together by their path below the folders, without extension. The tables metrics.json, .md and .csv and
 report.html, for any browser, are written to -o.
@@ -24,6 +25,11 @@ def parse_args() -> argparse.Namespace:
         "--input",
         metavar="DIR",
         help="degraded images of the same names: measured too, and LOE and Consistency need them",
+    )
+    add(
+        "--reference",
+        metavar="DIR",
+        help="images that are not the truths, such as sharp faces: FID and KID are against these as a whole",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

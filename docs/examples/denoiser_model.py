@@ -13,16 +13,18 @@ class DenoiserModel(SRModel):
     """Trains on true images with Gaussian noise of 0 to 50 of 255, one level an image; validates at 25."""
 
     def feed_data(self, data):
-        """Take true images; noise is drawn anew each time."""
-        self.gt = data["gt"].to(self.device)
-        training = self.net_g.training and self.is_train
-        count = len(self.gt)
-        self.sigma = torch.rand(count, device=self.device) * 50 / 255 if training else torch.full((count,), 25 / 255)
-        noise = torch.randn(self.gt.shape, generator=None if training else torch.Generator().manual_seed(0))
+        """Take true images."""
+        self.gt = self.lq = data["gt"].to(self.device)
+
+    def add_noise(self, sigma, generator=None):
+        """Set the images to be denoised, ``lq``, and their noise levels, ``sigma`` (B,) of [0, 1]."""
+        self.sigma = sigma.to(self.device)
+        noise = torch.randn(self.gt.shape, generator=generator).to(self.device)
         self.lq = self.gt + self.sigma.view(-1, 1, 1, 1) * noise
 
     def optimize_parameters(self, current_iter):
         """One step of Adam on the L1 distance."""
+        self.add_noise(torch.rand(len(self.gt)) * 50 / 255)
         self.optimizer_g.zero_grad()
         self.output = self.net_g(self.lq, self.sigma)
         loss = self.cri_pix(self.output, self.gt)
@@ -34,6 +36,7 @@ class DenoiserModel(SRModel):
 
     def test(self):
         """Denoise with the averaged network."""
+        self.add_noise(torch.full((len(self.gt),), 25 / 255), torch.Generator().manual_seed(0))
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net_g
         net.eval()
         with torch.no_grad():

@@ -217,7 +217,7 @@ def presets(folder: str, count: int, size: int, prior: str, names: Sequence[str]
             start = TASKS["deblur"].degradation(observed, settings)
             found = Solver(loaded, [(observed, start)], settings, image_noise(0, keys)).run()
             seconds = time.perf_counter() - started
-            whole = [i for i in range(count) if i not in found.failed]
+            whole = [i for i in range(count) if found.failed[i] is None]
             after = _psnr((found.image + 1) / 2, truth)
             rows.append(
                 {

@@ -76,6 +76,15 @@ def _new(arch: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"Spandrel: {arch} cannot be built: {type(err).__name__}: {err}") from err
 
 
+def _weights(content: Any) -> Any:
+    """A file's content, without the prefix that weights have which were trained here as an arch :class:`Spandrel`."""
+    for key in ("params_ema", "params"):
+        state = content.get(key) if isinstance(content, Mapping) else None
+        if isinstance(state, Mapping) and state and all(str(name).startswith("net.") for name in state):
+            return {name[len("net.") :]: value for name, value in state.items()}
+    return content
+
+
 def _recognised(state: Any, what: str, arch: Optional[str] = None) -> Any:
     """spandrel's description of weights, the network in it.
 
@@ -105,7 +114,7 @@ def _recognised(state: Any, what: str, arch: Optional[str] = None) -> Any:
 def recognises(state: Any) -> bool:
     """Whether spandrel knows a network by its weights."""
     try:
-        _recognised(state, "weights")
+        _recognised(_weights(state), "weights")
     except UserError:
         return False
     return True
@@ -154,7 +163,7 @@ class Spandrel(nn.Module):
             return
         with torch.device("cpu"):  # what is loaded cannot be without numbers
             if net is None:
-                found = _recognised(read_checkpoint(os.path.expanduser(path)), path)
+                found = _recognised(_weights(read_checkpoint(os.path.expanduser(path))), path)
             else:
                 found = _recognised(net.state_dict(), f"Spandrel {arch}", arch)
         self.architecture = str(found.architecture.id)

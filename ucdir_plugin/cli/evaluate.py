@@ -17,19 +17,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if none of the metrics can be measured.
     """
+    reference = folders.reference_images(args.reference)
     items = folders.find_items(args.restored, args.truth, args.input, args.suffix)
     weights_dir = args.weights_dir
     if args.opt:
         metrics, folder = folders.metrics_of(args.opt, args.trust_config)
         weights_dir = weights_dir or folder
     else:
-        names = args.metrics or folders.default_metrics(bool(args.truth), bool(args.input))
+        names = args.metrics or folders.default_metrics(bool(args.truth), bool(args.input), bool(reference))
         metrics = folders.parse_metrics(names)
-    metrics, lacking = folders.measurable(metrics, bool(args.truth), bool(args.input))
+    metrics, lacking = folders.measurable(metrics, bool(args.truth), bool(args.input), bool(reference))
     name = args.name or os.path.basename(os.path.abspath(args.restored))
     output = args.output or os.path.join("results", f"evaluate_{name}")
     about = {"name": name, "restored": args.restored, "truth": args.truth, "input": args.input}
-    evaluation = Evaluation(metrics, weights_dir, args.download)
+    if reference:
+        about["reference"] = args.reference
+    evaluation = Evaluation(metrics, weights_dir, args.download, reference=reference)
     evaluation.unavailable.update(lacking)
     if not evaluation.protocols:
         raise UserError("none of the metrics is available: the lines above say what to put where")

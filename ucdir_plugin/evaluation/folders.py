@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from ucdir_plugin.evaluation import report, tables
 from ucdir_plugin.evaluation.measure import Evaluation, needs
+from ucdir_plugin.metrics.distances import SETS
 from ucdir_plugin.options.calls import check_metric
 from ucdir_plugin.options.check import load_options
 from ucdir_plugin.options.reading import read_assignments
 from ucdir_plugin.registry import lookup
 from ucdir_plugin.restoration.jobs import main_output, read_record
 from ucdir_plugin.utils.errors import UserError, did_you_mean
-from ucdir_plugin.utils.image_reading import image_size, images_by_stem, read_uint8
+from ucdir_plugin.utils.image_reading import image_size, images_by_stem, list_images, read_uint8
 
 WITH_TRUTH = ("lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim")
 WITH_INPUT = ("loe",)
@@ -171,7 +172,7 @@ def evaluate(
 
 
 def measurable(
-    metrics: dict[str, dict[str, Any]], truth: bool, degraded: bool
+    metrics: dict[str, dict[str, Any]], truth: bool, degraded: bool, reference: bool = False
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Those metrics that need no images but what is given, and why the others cannot be measured.
 
@@ -181,8 +182,9 @@ def measurable(
     lacking = {}
     for name, cfg in metrics.items():
         asked = needs(cfg)
-        if "img2" in asked and not truth:
-            lacking[name] = "it compares with true images: give GT"
+        if "img2" in asked and not (truth or (reference and cfg["type"] in SETS)):
+            or_others = " (or --reference)" if cfg["type"] in SETS else ""
+            lacking[name] = f"it compares with true images: give GT{or_others}"
         elif "lq" in asked and not degraded:
             lacking[name] = "it compares with the degraded images: give --input"
     left = {name: cfg for name, cfg in metrics.items() if name not in lacking}
@@ -191,9 +193,24 @@ def measurable(
     return left, lacking
 
 
-def default_metrics(truth: bool, degraded: bool) -> list[str]:
+def default_metrics(truth: bool, degraded: bool, reference: bool = False) -> list[str]:
     """Names for :func:`parse_metrics`."""
-    return [*(WITH_TRUTH if truth else WITHOUT), *(WITH_INPUT if degraded else ())]
+    without = (*WITHOUT, "fid", "kid") if reference else WITHOUT
+    return [*(WITH_TRUTH if truth else without), *(WITH_INPUT if degraded else ())]
+
+
+def reference_images(folder: Optional[str]) -> list[str]:
+    """Files of a folder of images that results are compared with as a whole; none without a folder.
+
+    Raises:
+        UserError: if the folder is missing, or has fewer than two images.
+    """
+    if folder is None:
+        return []
+    files = [os.path.join(folder, name) for name in list_images(folder, "--reference")]
+    if len(files) < 2:
+        raise UserError(f"--reference {folder}: FID and KID compare sets of images, and there is one image: give more")
+    return files
 
 
 def metrics_of(opt: str, trust: bool = False) -> tuple[dict[str, dict[str, Any]], Optional[str]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import warnings
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -17,6 +18,7 @@ from ucdir_plugin.evaluation import tables
 from ucdir_plugin.metrics import distances, protocol
 from ucdir_plugin.registry import METRIC_REGISTRY
 from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, named
+from ucdir_plugin.utils.image_reading import read_uint8
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """Name in tables -> ``{type: registered name, keyword arguments, better: higher or lower}``."""
@@ -74,6 +76,7 @@ class Evaluation:
             warning that says what to do; the others are measured.
         weights_dir: where weights are looked for first (``val: weights_dir``).
         download: get weights that are not there.
+        reference: files of images that are nobody's truths: FID and KID are then against these, all together.
         without_each: also FID and KID of all images but one, for each (``without``: image -> value), so that systems
             can be compared in pairs.
 
@@ -83,9 +86,14 @@ class Evaluation:
     """
 
     def __init__(
-        self, metrics: Metrics, weights_dir: Optional[str] = None, download: bool = False, without_each: bool = False
+        self,
+        metrics: Metrics,
+        weights_dir: Optional[str] = None,
+        download: bool = False,
+        without_each: bool = False,
+        reference: Sequence[str] = (),
     ):
-        self.without_each = without_each
+        self.without_each, self.reference = without_each, tuple(reference)
         self.protocols: dict[str, dict] = {}
         self.unavailable: dict[str, str] = {}
         self._metrics: dict[str, dict] = {}
@@ -93,10 +101,14 @@ class Evaluation:
         self._failed: dict[str, str] = {}
         # (network, patch size, crop) -> stage -> image -> features of the result's patches and of the truth's
         self._features: dict[tuple, dict[str, dict[str, tuple]]] = {}
+        self._of_reference: dict[tuple, list[np.ndarray]] = {}
         for name, given in metrics.items():
             cfg = _with_folder(given, weights_dir)
             try:
                 self.protocols[name] = _stamp(cfg, download)
+                if self.reference and cfg["type"] in distances.SETS:
+                    folder = os.path.basename(os.path.dirname(self.reference[0])) or "."
+                    self.protocols[name]["reference"] = f"{len(self.reference)} unpaired images of {folder}"
                 self._metrics[name] = cfg
             except NotAvailable as err:
                 self._drop(name, err)
@@ -152,12 +164,27 @@ class Evaluation:
     ) -> None:
         kwargs = {**protocol.arguments(cfg), "weights_dir": cfg.get("weights_dir")}
         found = self._features.setdefault(_source(cfg), {})
+        if self.reference:
+            for stage, image in stages.items():
+                if key not in found.setdefault(stage, {}):
+                    found[stage][key] = (distances.patch_features(image, **kwargs), None)
+            return
         fitting = {stage: image for stage, image in stages.items() if truth is not None and image.shape == truth.shape}
         if not fitting or any(key in images for images in found.values()):  # the latter: FID's serve KID too
             return
         of_truth = distances.patch_features(truth, **kwargs)
         for stage, image in fitting.items():
             found.setdefault(stage, {})[key] = (distances.patch_features(image, **kwargs), of_truth)
+
+    def _reference_features(self, cfg: Mapping[str, Any]) -> list[np.ndarray]:
+        """Features of the reference's patches, an array an image; computed once for each network."""
+        source = _source(cfg)
+        if source not in self._of_reference:
+            kwargs = {**protocol.arguments(cfg), "weights_dir": cfg.get("weights_dir")}
+            self._of_reference[source] = [
+                distances.patch_features(read_uint8(file), **kwargs) for file in self.reference
+            ]
+        return self._of_reference[source]
 
     def fail(self, key: str, reason: str) -> None:
         """An image that could not be restored: it is in no table and no mean, and said."""
@@ -193,6 +220,11 @@ class Evaluation:
                 for stage, images in self._features.get(_source(cfg), {}).items():
                     kind, keys = distances.SETS[cfg["type"]], sorted(images)
                     pairs = [images[key] for key in keys]
+                    if self.reference:
+                        others = self._reference_features(cfg)
+                        summary = distances.summary_unpaired(kind, [features for features, _ in pairs], others)
+                        sets.setdefault(stage, {})[name] = summary
+                        continue
                     found = sets.setdefault(stage, {})[name] = distances.summary(kind, pairs)
                     if self.without_each:
                         found["without"] = dict(zip(keys, distances.without_each(kind, pairs)))

@@ -229,6 +229,32 @@ def summary(kind: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[s
     return result
 
 
+def summary_unpaired(kind: str, features: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> dict[str, Any]:
+    """FID or KID of images against others, which are not their truths: :func:`summary` without an error of KID.
+
+    Args:
+        kind: 'fid' or 'kid'.
+        features, reference: of each image's patches, (n, D); n may be 0.
+    """
+    used, others = ([f for f in part if len(f)] for part in (features, reference))
+    patches, count = sum(map(len, used)), sum(map(len, others))
+    left_out = len(features) - len(used)
+    result = {"value": None, "images": len(used), "patches": patches, "left_out": left_out, "warnings": []}
+    if left_out:
+        result["warnings"].append(f"{left_out} images are smaller than a patch and left out")
+    if min(patches, count) < 2:
+        which = "results" if patches < 2 else "the reference"
+        return {**result, "reason": f"{kind.upper()} needs two patches, of {which} there are fewer"}
+    sets = np.concatenate(used), np.concatenate(others)
+    result["value"] = frechet_distance(*sets) if kind == "fid" else kernel_distance(*sets)
+    if kind == "fid" and min(patches, count) < ENOUGH_FOR_FID:
+        result["warnings"].append(
+            f"FID on {patches} patches against {count} is biased upwards: it takes {ENOUGH_FOR_FID} or more of each,"
+            " and is comparable only between sets of one size; KID has no such bias"
+        )
+    return result
+
+
 def _protocol(kind: str, network: str, patch_size: int, crop_border: int, weights_dir: Optional[str]) -> dict[str, Any]:
     at_least_one(patch_size=patch_size)
     found = network_stamp(network, weights_dir)

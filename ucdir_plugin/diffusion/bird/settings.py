@@ -134,8 +134,8 @@ ABOUT: Dict[str, str] = {
     "default": "a plug-and-play diffusion loop with a proximal data step and a kernel step by least squares; beyond the"
     " paper, whose own way is guided",
     "guided": "the paper's gradient guidance with its adaptive scale, its open points mended",
-    "paper": "Algorithm 1 of the paper to the letter; most results are far worse than the input (docs/bird.md)",
-    "released": "the released scripts, bug for bug; most results are far worse than the input (docs/bird.md)",
+    "paper": "Algorithm 1 of the paper to the letter; tried here, all results were worse than the input (docs/bird.md)",
+    "released": "the released scripts, bug for bug; tried here, all results were worse than the input (docs/bird.md)",
     "gdp": "Generative Diffusion Prior (arXiv 2304.01247): the operator is known, the scale fixed",
 }
 """What each preset is, for its user."""
