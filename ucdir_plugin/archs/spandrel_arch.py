@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import warnings
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import torch
@@ -32,12 +33,14 @@ def _spandrel() -> Any:
     """
     if importlib.util.find_spec("spandrel") is None:
         raise NotAvailable("arch Spandrel needs the package spandrel: pip install 'ucdir-plugin[spandrel]'")
-    import spandrel
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which some networks use
+        import spandrel
 
-    if importlib.util.find_spec("spandrel_extra_arches") is not None:
-        import spandrel_extra_arches
+        if importlib.util.find_spec("spandrel_extra_arches") is not None:
+            import spandrel_extra_arches
 
-        spandrel.MAIN_REGISTRY.add(*spandrel_extra_arches.EXTRA_REGISTRY, ignore_duplicates=True)
+            spandrel.MAIN_REGISTRY.add(*spandrel_extra_arches.EXTRA_REGISTRY, ignore_duplicates=True)
     return spandrel
 
 
