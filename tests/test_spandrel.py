@@ -370,7 +370,7 @@ def test_our_files_in_spandrel_are_checked_too(tmp_path):
         for options, words in (
             (json.dumps(hostile), "would read the file"),
             ("{", "its options cannot be read"),
-            ("[1]", "its options cannot be read"),
+            ("[1]", "a mapping of options is expected"),
             (json.dumps({**OURS["predictor"], "nett": 1, "model_type": "UCDIRModel"}), "unknown option nett"),
         ):
             state["ucdir_plugin.options"] = torch.frombuffer(bytearray(options.encode()), dtype=torch.uint8)

@@ -144,7 +144,7 @@ class AKGBlock(nn.Module):
     ):
         super().__init__()
         self.activation, self.guidance, self.integration = activation, guidance, integration
-        self.mixed_conv = adaptive_kernel_conv if grouped_bases else adaptive_full_kernel_conv
+        self.grouped_bases = grouped_bases
         # Names as in the released checkpoint.
         self.noise_func = nn.Sequential(nn.Linear(emb_dim, num_bases), nn.SiLU(), nn.Linear(num_bases, num_bases))
         self.norm1 = make_norm(norm, channels)
@@ -187,7 +187,8 @@ class AKGBlock(nn.Module):
         """The second convolution, given what the sources of condition, M (B, num_bases, H or 1, W or 1), say."""
         if self.integration == "akgm":
             mix = mix.expand(-1, -1, *h.shape[-2:])
-            return self.mixed_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
+            mixed_conv = adaptive_kernel_conv if self.grouped_bases else adaptive_full_kernel_conv
+            return mixed_conv(h, self.spdyconv.weight, self.spdyconv.bias, mix)
         injected = self.spread(mix)
         if self.integration == "addition":
             return self.plainconv(h + injected)

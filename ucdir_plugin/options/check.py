@@ -97,7 +97,7 @@ def _typed(raw: Dict[str, Any], model: ModelRules) -> dict:
             raise UserError(f"option diffusion:{key} has no meaning for type cosine; remove it")
         raw = {**raw, "diffusion": {**model.schedule().model_dump(), **diffusion}}
     known = raw
-    for _ in range(2):
+    for tried in (False, True):
         try:
             typed = Options.model_validate_json(to_json(known, "options")).model_dump()
             break
@@ -106,9 +106,10 @@ def _typed(raw: Dict[str, Any], model: ModelRules) -> dict:
             nothing = {tuple(e["loc"]) for e in err.errors() if e["input"] is None and e["type"] != "extra_forbidden"}
             unknown = set() if model.own else {tuple(e["loc"]) for e in err.errors() if e["type"] == "extra_forbidden"}
             faults = [e for e in err.errors() if tuple(e["loc"]) not in nothing | unknown]
-            if faults or known is not raw:
+            if faults or tried:
                 raise UserError(explain((faults or err.errors())[0])) from err
-            known = _without(nothing | unknown, raw)
+            raw = _without(nothing, raw)
+            known = _without(unknown, raw)
     opt = _merge(raw, typed)
     if opt["diffusion"]["type"] == "cosine":
         del opt["diffusion"]["start"], opt["diffusion"]["end"]

@@ -162,10 +162,9 @@ def options_among(state: Mapping[str, torch.Tensor], where: str) -> dict:
         options = json.loads(bytes(tensor.cpu().numpy().tobytes()))
     except (ValueError, RecursionError) as err:
         raise UserError(f"{where}: its options cannot be read") from err
-    if not isinstance(options, dict):
-        raise UserError(f"{where}: its options cannot be read")
-    _refuse_files(options.get("network_g"), where)
-    return check_options(options, is_train=False, where=where)
+    checked = check_options(options, is_train=False, where=where)
+    _refuse_files(checked.get("network_g"), where)
+    return checked
 
 
 def jpeg_quality(options: Mapping[str, Any]) -> Optional[tuple[int, int]]:
@@ -199,8 +198,9 @@ def read_model(path: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]
             f"{path} holds weights without options: use it as --weights beside its option file,"
             " or make a model file of both with tools/convert_weights.py"
         ) from err
-    _refuse_files(options.get("network_g"), path)
-    return check_options(options, is_train=False, where=path), state, notes
+    checked = check_options(options, is_train=False, where=path)
+    _refuse_files(checked.get("network_g"), path)
+    return checked, state, notes
 
 
 def is_model_file(path: str) -> bool:
