@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from test_restore import files, read
 
 import ucdir_plugin
-from ucdir_plugin.data import degradations
+from ucdir_plugin.utils import degradations
 from ucdir_plugin.diffusion.bird import data_steps
 from ucdir_plugin.diffusion.bird.data_steps import Observation
 from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel

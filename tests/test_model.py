@@ -336,7 +336,7 @@ def test_overfitting_one_pair_restores_it(monkeypatch):
     from basicsr.utils import img2tensor
     from conftest import PHOTOS
 
-    from ucdir_plugin.data.degradations import jpeg
+    from ucdir_plugin.utils.degradations import jpeg
 
     gt = cv2.imread(str(PHOTOS / "coffee.png"))[128:144, 308:324].astype("float32") / 255
     lq, gt = (img2tensor(image).unsqueeze(0) for image in (jpeg(gt, 5), gt))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.data import degradations as chains
+from ucdir_plugin.utils import degradations as chains
 from ucdir_plugin.data.loader import EndlessSampler, training_loader
 from ucdir_plugin.diffusion import samplers, tiling
 from ucdir_plugin.diffusion.bird.degradation import PADDINGS, Degradation, project_simplex

@@ -114,7 +114,7 @@ def test_other_inputs_are_made_again(here):
     here.write(merged(OPTIONS, {"datasets": {"val": {"quality": 40}}}))
     after, lines = run()
     assert restored_now(lines) == [0, 3, 3, 3] and after != before
-    jpeg, better = cv2.imread("out/photos/input/coffee.png"), ucdir_plugin.data.degradations.jpeg
+    jpeg, better = cv2.imread("out/photos/input/coffee.png"), ucdir_plugin.utils.degradations.jpeg
     truth = cv2.imread("out/photos/truth/coffee.png").astype(np.float32) / 255
     assert np.array_equal(jpeg, (better(truth, 40) * 255).round().astype(np.uint8))
 

@@ -244,7 +244,7 @@ def _loader(repeats: int) -> dict:
     """Seconds in which the demo's loader makes a batch, against those of its training step."""
     from skimage import data
 
-    from ucdir_plugin.data.degradations import jpeg
+    from ucdir_plugin.utils.degradations import jpeg
 
     image = data.astronaut()[:, :, ::-1].astype("float32") / 255
     batch, crop = 4, 64

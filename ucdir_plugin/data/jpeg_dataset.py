@@ -6,7 +6,7 @@ import random
 from typing import Any, ClassVar, Dict, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import KINDS, jpeg, value_range
+from ucdir_plugin.utils.degradations import KINDS, jpeg, value_range
 from ucdir_plugin.data.samples import option, to_sample
 from ucdir_plugin.registry import register
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Dict, Optional, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import draw, low_light, value_range
+from ucdir_plugin.utils.degradations import draw, low_light, value_range
 from ucdir_plugin.data.samples import to_sample
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.option_types import Int, PositiveInt
@@ -24,7 +24,7 @@ def _ranges(opt: dict) -> dict[str, tuple[float, float]]:
 class LowLightDataset(CleanImages):
     """A folder of photographs and what a far too short exposure, amplified, would have made of them.
 
-    See :func:`ucdir_plugin.data.degradations.low_light`. Each sample's ``condition`` is its ``ratio``. In a test the
+    See :func:`ucdir_plugin.utils.degradations.low_light`. Each sample's ``condition`` is its ``ratio``. In a test the
     values and the noise of an image are a function of ``seed`` and its relative path.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.data.degradations import KINDS, Step, chain, degrade, shrinks
+from ucdir_plugin.utils.degradations import KINDS, Step, chain, degrade, shrinks
 from ucdir_plugin.data.samples import option, some_of, to_sample
 from ucdir_plugin.registry import register
 from ucdir_plugin.utils.errors import UserError
@@ -32,7 +32,7 @@ class MixedDegradationDataset(CleanImages):
 
     Args:
         opt: those of :class:`~ucdir_plugin.data.clean_dataset.CleanImages`; ``degradations``, see
-            :func:`ucdir_plugin.data.degradations.chain`; ``seed`` (0).
+            :func:`ucdir_plugin.utils.degradations.chain`; ``seed`` (0).
 
     Raises:
         UserError: as CleanImages; for a degradation that does not exist, or values out of its limits; for one in

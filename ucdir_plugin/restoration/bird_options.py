@@ -9,7 +9,7 @@ from typing import Any, Dict, Mapping, Optional
 import numpy as np
 import torch
 
-from ucdir_plugin.data.degradations import gaussian_kernel, motion_kernel
+from ucdir_plugin.utils.degradations import gaussian_kernel, motion_kernel
 from ucdir_plugin.diffusion.bird.degradation import check_kernel_size
 from ucdir_plugin.diffusion.bird.tasks import Task
 from ucdir_plugin.options.calls import check_call

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ucdir_plugin.data.degradations import chain, degrade
+from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.utils import image_reading
 from ucdir_plugin.utils.errors import UserError, did_you_mean
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         title: in tables.
         task: of ``diffusion.tasks.TASKS``.
-        degradations: as of ``data.degradations.chain``; noise is among them.
+        degradations: as of ``utils.degradations.chain``; noise is among them.
         blur: the true one, for the systems that know it, and the kernel's error.
         noise: of the input, of 255, as the solver is told.
     """

@@ -20,7 +20,7 @@ import torch
 from ucdir_cli.studies.bird.cases import BORDER, CASES, SIZE, Case, Images
 from ucdir_cli.studies.bird.classical import CLASSICAL, as_input
 
-from ucdir_plugin.data.degradations import chain, degrade
+from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.evaluation.measure import Evaluation
 from ucdir_plugin.restoration import load
