@@ -17,7 +17,6 @@ from scipy.ndimage import gaussian_filter
 from test_restore import files, read
 
 import ucdir_plugin
-from ucdir_plugin.utils import degradations
 from ucdir_plugin.diffusion.bird import data_steps
 from ucdir_plugin.diffusion.bird.data_steps import Observation
 from ucdir_plugin.diffusion.bird.degradation import Degradation, start_kernel
@@ -28,7 +27,7 @@ from ucdir_plugin.diffusion.noise import normal
 from ucdir_plugin.options.check import check_options
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.restoration import bird, bird_options, companions, load
-from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils import degradations, image_reading
 from ucdir_plugin.utils.errors import UserError
 
 TEST = {

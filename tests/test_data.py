@@ -9,8 +9,8 @@ import torch
 from basicsr.data import build_dataset
 from torch.utils.data import DataLoader
 
-from ucdir_plugin.utils.degradations import jpeg
 from ucdir_plugin.data.loader import EndlessSampler, KeyedDataset
+from ucdir_plugin.utils.degradations import jpeg
 from ucdir_plugin.utils.errors import UserError
 
 

@@ -10,9 +10,9 @@ from basicsr.data import build_dataset
 from conftest import PHOTOS, TINY, merged
 from torch.utils.data import default_collate
 
-from ucdir_plugin.utils import degradations
 from ucdir_plugin.data.loader import KeyedDataset
 from ucdir_plugin.options.check import check_options
+from ucdir_plugin.utils import degradations
 from ucdir_plugin.utils.errors import UserError
 
 

@@ -395,6 +395,11 @@ def test_reference_by_the_command(workplace):
         )
         assert_one_line_error(done, "--reference", words)
     metrics = ("--metrics", "niqe", "kid:network=efficientnet_lite0,patch_size=32")
+    options = merged(TINY, {"val": {"metrics": {"fid": {"type": "calculate_fid"}}, "reference": "one"}})
+    for tool in ("train.py", "test.py"):  # before anything is computed
+        forced = ["--force_yml", "path:pretrain_network_g=x.pth"] if tool == "test.py" else []
+        done = workplace.run(tool, "-opt", workplace.write(options), *forced)
+        assert_one_line_error(done, "option val:reference one", "there is one image")
     done = workplace.run("evaluate.py", "photos", "--reference", "photos", *metrics, "-o", "out")
     assert done.returncode == 0, done.stderr[-2000:]
     stored = json.loads((workplace.folder / "out" / "metrics.json").read_text())

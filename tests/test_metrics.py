@@ -19,10 +19,13 @@ from torch import nn
 
 import ucdir_plugin
 from ucdir_plugin import metrics
+from ucdir_plugin.compat import build_dataset, tensor2img
 from ucdir_plugin.diffusion.tiling import Grid, borders_in_image, grid_of
+from ucdir_plugin.evaluation import measure
 from ucdir_plugin.metrics import distances, features, perception, perceptual, protocol, seam_score
 from ucdir_plugin.metrics.order import lightness_order_error
 from ucdir_plugin.options.schema import SamplingOptions
+from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.utils.downloads import WeightsFile
 from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, UserError
 from ucdir_plugin.utils.files import sha256_of
@@ -519,6 +522,62 @@ def test_consistency(photo):
     for wrong in ({"degradation": "blur"}, {"degradation": "jpeg"}, {"degradation": "jpeg", "quality": 0}):
         with pytest.raises(UserError, match="Consistency"):
             metrics.calculate_consistency(photo, photo, **wrong)
+
+
+BLUR, NOISE, GRAY = {"type": "blur", "sigma": 1.5}, {"type": "noise", "sigma": 4}, {"type": "channel_mean"}
+HOLES, BLOCKS = {"type": "holes", "share": 0.25, "size": 9}, {"type": "block_mean", "factor": 4}
+
+
+@pytest.mark.parametrize("declared, residual", [
+    ([BLUR], 0), ([GRAY], 0), ([BLOCKS], 0), ([BLUR, GRAY], 0), ([HOLES], 0), ([{"type": "exposure", "gain": 0.3}], 0),
+    ([BLUR, NOISE], 16), ([BLOCKS, NOISE], 16), ([NOISE, HOLES], 16),
+])  # fmt: skip
+def test_consistency_with_the_degradation_of_the_data_set(declared, residual, photo, tmp_path):
+    """The truth's own is 0 but for noise, whose variance it is; of another image it is what is written here."""
+    cv2.imwrite(str(tmp_path / "a.png"), photo)
+    options = {"type": "MixedDegradationDataset", "name": "d", "phase": "val", "scale": 1, "degradations": declared}
+    sample = build_dataset({**options, "dataroot_gt": str(tmp_path)})[0]
+    lq = tensor2img([sample["lq"]])
+    known = sample["known"][0].numpy() if "known" in sample else None
+    (filled,) = measure.for_dataset({"c": {"type": "calculate_consistency", "degradation": "own"}}, options).values()
+    found = metrics.calculate_consistency(photo, lq, filled["degradation"], known=known)
+    assert found == 0 if not residual else found == pytest.approx(residual, rel=0.06)
+    other = np.ascontiguousarray(photo[::-1])
+    steps = chain([d for d in declared if d["type"] not in ("noise", "holes")])
+    again = (degrade(steps, other / np.float32(255), None if not steps else np.random.default_rng(0))[0] * 255).round()
+    seen = np.ones(lq.shape[:2], bool) if known is None else known > 0
+    expected = ((again - lq)[seen] ** 2).mean()
+    assert metrics.calculate_consistency(other, lq, filled["degradation"], known=known) == pytest.approx(expected)
+    border = (slice(3, -3),) * 2
+    expected = ((again - lq)[border][seen[border]] ** 2).mean()
+    found = metrics.calculate_consistency(other, lq, filled["degradation"], crop_border=3, known=known)
+    assert found == pytest.approx(expected) and found > 10
+    evaluation = measure.Evaluation({"c": filled})
+    row = evaluation.add("a.png", {"input": lq, "restored": other}, photo, lq, known=known)
+    value = metrics.calculate_consistency(other, lq, filled["degradation"], known=known)
+    assert row["metrics"]["restored"]["c"] == value and "c" in row["metrics"]["input"]
+
+
+def test_consistency_that_cannot_be_measured(photo):
+    lq = photo.copy()
+    with pytest.raises(NotMeasurable, match="where the holes are is not known"):
+        metrics.calculate_consistency(photo, lq, [HOLES])
+    with pytest.raises(NotMeasurable, match="one size"):
+        metrics.calculate_consistency(photo, lq, [BLOCKS])
+    cfg = {"type": "calculate_consistency", "degradation": "own"}
+    paired = {"type": "PairedRestorationDataset"}
+    assert measure.for_dataset({"c": cfg}, paired) == {"c": cfg}
+    assert "name the degradation" in measure.Evaluation({"c": cfg}).unavailable["c"]
+    drawn = {"type": "calculate_consistency", "degradation": [{"type": "blur", "sigma": [1, 2]}]}
+    assert "blur" in measure.Evaluation({"c": drawn}).unavailable["c"]
+    for wrong in ("blurr", [{"type": "blurr"}], [{"type": "blur"}], 3, ["blur"]):
+        with pytest.raises(UserError, match="degradation"):
+            metrics.calculate_consistency(photo, lq, wrong)
+    assert protocol.stamp({**cfg, "degradation": [BLUR, NOISE]})["degradation"] == "blur (sigma 1.5)"
+    stamps = [protocol.stamp({**cfg, "degradation": [BLUR, *more]}) for more in ([], [HOLES])]
+    assert stamps[0] != stamps[1]
+    jpeg = measure.for_dataset({"c": cfg}, {"type": "JPEGDataset", "quality": [10, 30], "name": "j"})["c"]
+    assert metrics.calculate_consistency(photo, lq, jpeg["degradation"]) == metrics.calculate_consistency(photo, lq, "jpeg", 20)  # fmt: skip
 
 
 def test_seam_score_of_the_grid_that_sampling_makes(photo):

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from ucdir_cli.command_line import parse_run_arguments
 
 from ucdir_plugin.archs.padding import pad_to_multiple
-from ucdir_plugin.utils import degradations as chains
 from ucdir_plugin.data.loader import EndlessSampler, training_loader
 from ucdir_plugin.diffusion import samplers, tiling
 from ucdir_plugin.diffusion.bird.degradation import PADDINGS, Degradation, project_simplex
@@ -35,6 +34,7 @@ from ucdir_plugin.options.schema import ScheduleOptions
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.training import setup
 from ucdir_plugin.training.steps import update_average
+from ucdir_plugin.utils import degradations as chains
 from ucdir_plugin.utils.errors import UserError
 
 QUICK, MANY = 40, 4000

@@ -7,7 +7,7 @@ import os
 import sys
 
 from ucdir_plugin.evaluation import folders, tables
-from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.evaluation.measure import Evaluation, reference_images
 from ucdir_plugin.utils.errors import UserError, named, printable
 
 
@@ -17,12 +17,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: if none of the metrics can be measured.
     """
-    reference = folders.reference_images(args.reference)
+    given = folders.metrics_of(args.opt, args.trust_config) if args.opt else None
+    folder, where = args.reference, "--reference"
+    if given and folder is None:
+        folder, where = given.reference, "option val:reference"
+    reference = reference_images(folder, where)
     items = folders.find_items(args.restored, args.truth, args.input, args.suffix)
     weights_dir = args.weights_dir
-    if args.opt:
-        metrics, folder = folders.metrics_of(args.opt, args.trust_config)
-        weights_dir = weights_dir or folder
+    if given:
+        metrics, weights_dir = given.metrics, weights_dir or given.weights_dir
     else:
         names = args.metrics or folders.default_metrics(bool(args.truth), bool(args.input), bool(reference))
         metrics = folders.parse_metrics(names)
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or os.path.join("results", f"evaluate_{name}")
     about = {"name": name, "restored": args.restored, "truth": args.truth, "input": args.input}
     if reference:
-        about["reference"] = args.reference
+        about["reference"] = folder
     evaluation = Evaluation(metrics, weights_dir, args.download, reference=reference)
     evaluation.unavailable.update(lacking)
     if not evaluation.protocols:

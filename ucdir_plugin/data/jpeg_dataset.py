@@ -6,9 +6,9 @@ import random
 from typing import Any, ClassVar, Dict, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.utils.degradations import KINDS, jpeg, value_range
 from ucdir_plugin.data.samples import option, to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.degradations import KINDS, jpeg, value_range
 
 
 def _quality(opt: dict) -> tuple[int, int]:
@@ -42,6 +42,11 @@ class JPEGDataset(CleanImages):
     def condition_ranges(opt: dict) -> dict[str, tuple]:
         """Conditions that the samples give: name -> range."""
         return {**CleanImages.condition_ranges(opt), "quality": _quality(opt)}
+
+    @staticmethod
+    def declared(opt: dict) -> list[dict[str, Any]]:
+        """What a test does to images, as a chain of degradations."""
+        return [{"type": "jpeg", "quality": sum(_quality(opt)) // 2}]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

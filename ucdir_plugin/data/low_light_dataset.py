@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Dict, Optional, Tuple, Union
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.utils.degradations import draw, low_light, value_range
 from ucdir_plugin.data.samples import to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.degradations import draw, low_light, value_range
 from ucdir_plugin.utils.option_types import Int, PositiveInt
 
 LIMITS = {"ratio": (1.0, 10000.0), "electrons": (1.0, 1e6), "read": (0.0, 1000.0), "row": (0.0, 1000.0)}

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ucdir_plugin.data.clean_dataset import CleanImages
-from ucdir_plugin.utils.degradations import KINDS, Step, chain, degrade, shrinks
 from ucdir_plugin.data.samples import option, some_of, to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.degradations import KINDS, Step, chain, degrade, shrinks
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.utils.image_reading import image_size
 from ucdir_plugin.utils.option_types import Int
@@ -63,6 +63,11 @@ class MixedDegradationDataset(CleanImages):
             left_out = (math.nan,) if step.probability < 1 else ()
             ranges.update((f"{step.name}_{key}", bounds + left_out) for key, bounds in step.ranges.items())
         return ranges
+
+    @staticmethod
+    def declared(opt: dict) -> list[dict[str, Any]]:
+        """The chain of degradations."""
+        return [dict(entry) for entry in option(opt, "degradations")]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         gt, path = self.read(index)

@@ -8,11 +8,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ucdir_plugin.compat import augment, paired_random_crop
-from ucdir_plugin.utils.degradations import value_range
 from ucdir_plugin.data.low_light_dataset import LIMITS
 from ucdir_plugin.data.raw import develop, read_pairs
 from ucdir_plugin.data.samples import check_crop, constant, flips, option, to_sample
 from ucdir_plugin.registry import register
+from ucdir_plugin.utils.degradations import value_range
 
 
 @register("dataset")

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ucdir_plugin.evaluation import report, tables
-from ucdir_plugin.evaluation.measure import Evaluation, needs
+from ucdir_plugin.evaluation.measure import Evaluation, for_dataset, needs
 from ucdir_plugin.metrics.distances import SETS
 from ucdir_plugin.options.calls import check_metric
 from ucdir_plugin.options.check import load_options
@@ -18,7 +18,7 @@ from ucdir_plugin.options.reading import read_assignments
 from ucdir_plugin.registry import lookup
 from ucdir_plugin.restoration.jobs import main_output, read_record
 from ucdir_plugin.utils.errors import UserError, did_you_mean
-from ucdir_plugin.utils.image_reading import image_size, images_by_stem, list_images, read_uint8
+from ucdir_plugin.utils.image_reading import image_size, images_by_stem, read_uint8
 
 WITH_TRUTH = ("lpips", "stlpips", "niqe", "fid", "kid", "psnr", "ssim")
 WITH_INPUT = ("loe",)
@@ -199,22 +199,16 @@ def default_metrics(truth: bool, degraded: bool, reference: bool = False) -> lis
     return [*(WITH_TRUTH if truth else without), *(WITH_INPUT if degraded else ())]
 
 
-def reference_images(folder: Optional[str]) -> list[str]:
-    """Files of a folder of images that results are compared with as a whole; none without a folder.
+class MetricOptions(NamedTuple):
+    """What an option file says of measuring (section ``val``)."""
 
-    Raises:
-        UserError: if the folder is missing, or has fewer than two images.
-    """
-    if folder is None:
-        return []
-    files = [os.path.join(folder, name) for name in list_images(folder, "--reference")]
-    if len(files) < 2:
-        raise UserError(f"--reference {folder}: FID and KID compare sets of images, and there is one image: give more")
-    return files
+    metrics: dict[str, dict[str, Any]]
+    weights_dir: Optional[str]
+    reference: Optional[str]
 
 
-def metrics_of(opt: str, trust: bool = False) -> tuple[dict[str, dict[str, Any]], Optional[str]]:
-    """``val: metrics:`` and ``val: weights_dir:`` of an option file.
+def metrics_of(opt: str, trust: bool = False) -> MetricOptions:
+    """What an option file says of measuring; the degradation ``own`` is that of its first test set.
 
     Args:
         trust: whether it may import modules (``imports``).
@@ -222,7 +216,10 @@ def metrics_of(opt: str, trust: bool = False) -> tuple[dict[str, dict[str, Any]]
     Raises:
         UserError: if it has no metrics.
     """
-    val = load_options(opt, is_train=False, trust=trust)["val"]
+    options = load_options(opt, is_train=False, trust=trust)
+    val = options["val"]
     if not val.get("metrics"):
         raise UserError(f"{opt}: option val:metrics is missing: it says what to measure")
-    return val["metrics"], val.get("weights_dir")
+    sets = [dataset for phase, dataset in options["datasets"].items() if phase.split("_")[0] in ("val", "test")]
+    metrics = for_dataset(val["metrics"], sets[0]) if sets else val["metrics"]
+    return MetricOptions(metrics, val.get("weights_dir"), val.get("reference"))

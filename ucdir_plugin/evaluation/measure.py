@@ -16,9 +16,11 @@ import numpy as np
 from ucdir_plugin.compat import calculate_metric, get_root_logger
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.metrics import distances, protocol
-from ucdir_plugin.registry import METRIC_REGISTRY
-from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, named
-from ucdir_plugin.utils.image_reading import read_uint8
+from ucdir_plugin.metrics.consistency import OWN
+from ucdir_plugin.registry import DATASET_REGISTRY, METRIC_REGISTRY
+from ucdir_plugin.utils.errors import NotAvailable, NotMeasurable, UserError, named
+from ucdir_plugin.utils.image_reading import list_images, read_uint8
+from ucdir_plugin.utils.protocols import Degrades
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """Name in tables -> ``{type: registered name, keyword arguments, better: higher or lower}``."""
@@ -30,13 +32,18 @@ def needs(cfg: Mapping[str, Any]) -> set[str]:
 
 
 def measure(
-    image: np.ndarray, truth: Optional[np.ndarray], metrics: Metrics, lq: Optional[np.ndarray] = None
+    image: np.ndarray,
+    truth: Optional[np.ndarray],
+    metrics: Metrics,
+    lq: Optional[np.ndarray] = None,
+    known: Optional[np.ndarray] = None,
 ) -> dict[str, Optional[float]]:
     """Metrics of one image; None where one cannot be measured (NIQE of a constant or very small image).
 
     Args:
         image, truth, lq: (H, W, 3) or (H, W) BGR uint8. Metrics that compare with what is not given, or with a truth of
             another size, are left out.
+        known: (h, w) of 0 where the input has holes; None where it has none.
         metrics: of one image each; those of a set are left out.
 
     Raises:
@@ -49,6 +56,8 @@ def measure(
         data = {"img": image}
         others = {"img2": truth, "lq": lq}
         data.update({key: others[key] for key in needs(cfg)})
+        if known is not None and _takes(cfg, "known"):
+            data["known"] = known
         if any(value is None for value in data.values()) or ("img2" in data and image.shape != truth.shape):
             continue
         if min(image.shape[:2]) <= 2 * cfg.get("crop_border", 0):  # nothing is left
@@ -135,6 +144,7 @@ class Evaluation:
         truth: Optional[np.ndarray] = None,
         lq: Optional[np.ndarray] = None,
         files: Optional[Mapping[str, str]] = None,
+        known: Optional[np.ndarray] = None,
     ) -> tables.Row:
         """Measure an image in each of its stages.
 
@@ -143,6 +153,7 @@ class Evaluation:
             stages: name -> (H, W, 3) or (H, W) BGR uint8; input, initial, restored.
             truth, lq: what full-reference metrics, and those of the degraded input, compare with.
             files: stage or truth -> path, for who reads the table.
+            known: (h, w) of 0 where the input has holes; None where it has none.
         """
         row: tables.Row = {"image": key, "metrics": {stage: {} for stage in stages}}
         if files:
@@ -153,7 +164,7 @@ class Evaluation:
                     self._add_features(key, stages, truth, cfg)
                     continue
                 for stage, image in stages.items():
-                    row["metrics"][stage].update(measure(image, truth, {name: cfg}, lq))
+                    row["metrics"][stage].update(measure(image, truth, {name: cfg}, lq, known))
             except NotAvailable as err:  # installed but broken
                 self._drop(name, err)
         self._rows.append(row)
@@ -232,9 +243,28 @@ class Evaluation:
         return tables.Results(rows, self.protocols, sets, self.unavailable, failed)
 
 
+def _takes(cfg: Mapping[str, Any], name: str) -> bool:
+    return name in inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters
+
+
 def _with_folder(cfg: Mapping[str, Any], weights_dir: Optional[str]) -> dict[str, Any]:
-    takes = "weights_dir" in inspect.signature(METRIC_REGISTRY.get(cfg["type"])).parameters
-    return {**({"weights_dir": weights_dir} if takes and weights_dir else {}), **cfg}
+    return {**({"weights_dir": weights_dir} if weights_dir and _takes(cfg, "weights_dir") else {}), **cfg}
+
+
+def for_dataset(metrics: Metrics, dataset: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics with ``degradation: own`` replaced by the degradation that a data set declares, if it declares one.
+
+    Args:
+        dataset: its options.
+    """
+    kind = DATASET_REGISTRY.get(dataset["type"]) if "type" in dataset else None
+    if not isinstance(kind, type) or not issubclass(kind, Degrades):
+        return {name: dict(cfg) for name, cfg in metrics.items()}
+    own = {"degradation": kind.declared(dict(dataset))}
+    return {
+        name: {**cfg, **(own if cfg.get("degradation") == OWN and _takes(cfg, "degradation") else {})}
+        for name, cfg in metrics.items()
+    }
 
 
 def _source(cfg: Mapping[str, Any]) -> tuple:
@@ -254,6 +284,23 @@ def _stamp(cfg: Mapping[str, Any], download: bool) -> dict[str, Any]:
             tried.add(err.file)
             get_root_logger().info(f"downloading {err.file.url}")
             err.file.download(cfg.get("weights_dir"))
+
+
+def reference_images(folder: Optional[str], where: str) -> list[str]:
+    """Files of a folder of images that results are compared with as a whole; none without a folder.
+
+    Args:
+        where: that names it, for messages.
+
+    Raises:
+        UserError: if the folder is missing, or has fewer than two images.
+    """
+    if folder is None:
+        return []
+    files = [os.path.join(folder, name) for name in list_images(folder, where)]
+    if len(files) < 2:
+        raise UserError(f"{where} {folder}: FID and KID compare sets of images, and there is one image: give more")
+    return files
 
 
 def for_basicsr_loop(

@@ -17,6 +17,9 @@ from ucdir_plugin import registry
 COMMON = ("weights_dir", "better")
 """Keyword arguments of metrics that do not change the number."""
 
+IMAGES = ("img", "img2", "lq", "known")
+"""What a metric may be handed of an image: the result, its truth, its input, and where the input has no holes."""
+
 
 def package_version(package: str) -> str:
     """Name and version of an installed package."""
@@ -31,7 +34,7 @@ def arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(registry.lookup("metric", cfg["type"])).parameters.values()
     plain = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is not p.VAR_KEYWORD}
     plain.update({k: v for k, v in cfg.items() if k != "type"})
-    return {k: v for k, v in plain.items() if k not in ("img", "img2", "lq", *COMMON)}
+    return {k: v for k, v in plain.items() if k not in (*IMAGES, *COMMON)}
 
 
 def better(cfg: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def check_metric(cfg: Mapping[str, Any], where: str) -> None:
     """A metric's keyword arguments, without the images and ``better``, which says which way is up."""
     target = registry.lookup("metric", cfg["type"], f"option {where}:type")
     parameters = inspect.signature(target).parameters
-    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ("img", "img2", "lq")]
+    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in protocol.IMAGES]
     for key in cfg:
         if key not in (*known, "type", "better"):
             raise UserError(f"unknown option {where}:{key}; {did_you_mean(key, [*known, 'better'])}")
@@ -110,7 +110,8 @@ def check_metric(cfg: Mapping[str, Any], where: str) -> None:
             raise UserError(f"option {where}:{key}: {cfg[key]!r} is not known: take {' or '.join(choices)}")
     if not is_own(target):
         return
-    check_call(target, {k: v for k, v in cfg.items() if k != "type"}, where, len(parameters) - len(known), own=True)
+    images = sum(name in protocol.IMAGES for name, p in parameters.items() if p.default is p.empty)
+    check_call(target, {k: v for k, v in cfg.items() if k != "type"}, where, images, own=True)
     try:
         protocol.stamp(cfg)
     except NotAvailable:

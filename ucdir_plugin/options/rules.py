@@ -15,7 +15,6 @@ import torch
 
 from ucdir_plugin import registry
 from ucdir_plugin.compat import lr_scheduler
-from ucdir_plugin.utils.degradations import chain
 from ucdir_plugin.diffusion.bird.tasks import preset, task_named
 from ucdir_plugin.diffusion.conditions import check_ranges, declare
 from ucdir_plugin.metrics import protocol
@@ -30,6 +29,7 @@ from ucdir_plugin.options.schema import (
     TrainOptions,
     check_sampling,
 )
+from ucdir_plugin.utils.degradations import chain
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 

@@ -185,6 +185,7 @@ class ValOptions(_Schema):
     suffix: Optional[FileName] = None
     pbar: bool = True
     metrics: Optional[Dict[str, _Typed]] = None
+    reference: Optional[str] = None
     weights_dir: Optional[str] = None
     download: bool = False
     samples: NotNegativeInt = Field(16, le=4096)

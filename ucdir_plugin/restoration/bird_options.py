@@ -9,13 +9,13 @@ from typing import Any, Dict, Mapping, Optional
 import numpy as np
 import torch
 
-from ucdir_plugin.utils.degradations import gaussian_kernel, motion_kernel
 from ucdir_plugin.diffusion.bird.degradation import check_kernel_size
 from ucdir_plugin.diffusion.bird.tasks import Task
 from ucdir_plugin.options.calls import check_call
 from ucdir_plugin.options.schema import BirdOptions
 from ucdir_plugin.restoration import deepinv_methods
 from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils.degradations import gaussian_kernel, motion_kernel
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 

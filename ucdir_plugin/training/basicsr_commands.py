@@ -11,7 +11,7 @@ from ucdir_plugin.compat import take_over_option_files
 from ucdir_plugin.evaluation.measure import for_basicsr_loop
 from ucdir_plugin.options.calls import is_own
 from ucdir_plugin.options.reading import read_yaml, read_yaml_file
-from ucdir_plugin.training.setup import setup
+from ucdir_plugin.training.setup import seed_everything, setup
 from ucdir_plugin.utils.errors import UserError
 from ucdir_plugin.zoo.model_files import find_weights
 
@@ -63,6 +63,7 @@ def _complete(opt: dict, args: argparse.Namespace, root_path: str, is_train: boo
     ours = argparse.Namespace(**vars(args), trust_config=False, weights_dir=None, download=False)
     try:
         opt = setup(ours, is_train, root_path)
+        seed_everything(opt["manual_seed"], "basicsr", opt["rank"])  # each rank crops and flips in its own way
         if not is_train and "network_g" in opt:
             find_weights(opt, args.force_yml or [])
     except UserError as err:

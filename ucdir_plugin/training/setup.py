@@ -26,6 +26,7 @@ from ucdir_plugin.compat import (
 )
 from ucdir_plugin.data.loader import seed_cpu
 from ucdir_plugin.diffusion.noise import key_to_seed
+from ucdir_plugin.evaluation.measure import reference_images
 from ucdir_plugin.options.check import load_options, share_batch
 from ucdir_plugin.options.reading import option_text
 from ucdir_plugin.training.stops import is_of_lost_rank, is_of_lost_worker
@@ -173,7 +174,8 @@ def first_step(first: bool) -> contextlib.AbstractContextManager:
 
 
 def build_sets(opt: dict, phases: tuple[str, ...]) -> list[Any]:
-    """Build the option file's data sets of these phases."""
+    """Build the option file's data sets of these phases; see that the images of ``val: reference`` are there."""
+    reference_images((opt.get("val") or {}).get("reference"), "option val:reference")
     sets = {p: d for p, d in opt["datasets"].items() if d["phase"] in phases}
     return [build(f"option datasets:{p} ({d['type']})", build_dataset, d) for p, d in sets.items()]
 

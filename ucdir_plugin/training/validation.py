@@ -16,7 +16,7 @@ from ucdir_plugin.compat import SRModel, get_root_logger, tensor2img
 from ucdir_plugin.data.loader import PatientDataset
 from ucdir_plugin.data.samples import sample_key
 from ucdir_plugin.evaluation import tables
-from ucdir_plugin.evaluation.measure import Evaluation
+from ucdir_plugin.evaluation.measure import Evaluation, for_dataset, reference_images
 from ucdir_plugin.evaluation.report import Store
 from ucdir_plugin.utils import image_writing
 from ucdir_plugin.utils.errors import ImageError, Stopped
@@ -79,7 +79,7 @@ def validate(
     rank, world = opt["rank"], opt["world_size"]
     patient = PatientDataset(dataset, dataset_opt["wait_for_data"] if stop else 0)
     loader = DataLoader(Subset(patient, range(rank, len(dataset), world)), batch_size=1, num_workers=0)
-    evaluation = _evaluation(opt)
+    evaluation = _evaluation(opt, dataset_opt)
     quiet = rank != 0 or not opt["val"].get("pbar", True)
     bar = tqdm(loader, unit="image", desc=dataset_opt["name"], leave=False, disable=quiet or None)
     kept = 0
@@ -108,7 +108,8 @@ def validate(
                 for suffix, content in further.items():
                     folder = os.path.join(opt["path"]["visualization"], f"{dataset_opt['name']}_learned")
                     write_atomically(content, os.path.join(folder, f"{os.path.splitext(key)[0]}{suffix}"))
-            evaluation.add(key, stages, truth, images.get("lq"), files)
+            known = data["known"][0, 0].numpy() if "known" in data else None
+            evaluation.add(key, stages, truth, images.get("lq"), files, known)
             for name in ("gt", "lq", "output", "initial"):
                 vars(model).pop(name, None)
     if stop:
@@ -153,12 +154,14 @@ def _state(data: dict[str, Any]) -> list[list[int]]:
     return [[state.st_size, state.st_mtime_ns] for state in states]
 
 
-def _evaluation(opt: dict) -> Evaluation:
+def _evaluation(opt: dict, dataset_opt: dict) -> Evaluation:
     """Rank 0 comes first: it alone downloads."""
-    val, metrics = opt["val"], opt["val"].get("metrics") or {}
+    val, metrics = opt["val"], for_dataset(opt["val"].get("metrics") or {}, dataset_opt)
+    reference = reference_images(val.get("reference"), "option val:reference")
     if opt["dist"] and opt["rank"]:
         dist.barrier()
-    evaluation = Evaluation(metrics, val.get("weights_dir"), bool(val.get("download")) and opt["rank"] == 0)
+    download = bool(val.get("download")) and opt["rank"] == 0
+    evaluation = Evaluation(metrics, val.get("weights_dir"), download, reference=reference)
     if opt["dist"] and opt["rank"] == 0:
         dist.barrier()
     return evaluation

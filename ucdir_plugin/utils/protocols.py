@@ -5,7 +5,7 @@ A model of another package has none of it, and ``isinstance`` says so.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Protocol, runtime_checkable
+from typing import Any, Dict, List, Mapping, Optional, Protocol, runtime_checkable
 
 import torch
 
@@ -44,6 +44,15 @@ class GivesFiles(Protocol):
 
     def result_files(self) -> Dict[str, bytes]:
         """End of the file's name -> content, for the image that was restored last."""
+
+
+@runtime_checkable
+class Degrades(Protocol):
+    """A data set that degrades its images itself."""
+
+    @staticmethod
+    def declared(opt: Dict[str, Any]) -> List[Dict[str, Any]]:
+        """How, by its options: a list as of ``ucdir_plugin.utils.degradations.chain``."""
 
 
 @runtime_checkable

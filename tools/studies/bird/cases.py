@@ -8,9 +8,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.utils import image_reading
+from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 from ucdir_plugin.utils.image_reading import read_uint8
 from ucdir_plugin.utils.image_writing import write_image

@@ -20,11 +20,11 @@ import torch
 from ucdir_cli.studies.bird.cases import BORDER, CASES, SIZE, Case, Images
 from ucdir_cli.studies.bird.classical import CLASSICAL, as_input
 
-from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.evaluation import tables
 from ucdir_plugin.evaluation.measure import Evaluation
 from ucdir_plugin.restoration import load
 from ucdir_plugin.restoration.bird_options import known_kernel
+from ucdir_plugin.utils.degradations import chain, degrade
 from ucdir_plugin.utils.files import write_atomically
 from ucdir_plugin.utils.image_reading import read_uint8
 from ucdir_plugin.utils.image_writing import write_image
