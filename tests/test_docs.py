@@ -175,6 +175,20 @@ def test_what_the_guide_promises(reader, monkeypatch):
     assert Path("restored/photo.png").is_file()
 
 
+def test_the_table_that_the_guide_promises(reader, monkeypatch):
+    monkeypatch.chdir(reader.folder)
+    for _, name, text in blocks("docs/ecosystem.md"):
+        if name:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text)
+        elif "my_archs" in text or "mine.yaml" in text:
+            for command in commands(text):
+                assert run(reader, command).returncode == 0, command
+    (folder,) = Path("results/tables/mine/mine").iterdir()
+    rows = [line.split(" &")[0] for line in (folder / "comparison.tex").read_text().splitlines() if " &" in line]
+    assert rows == ["Method", "TinyNAF", "UCDIR", "UCDIR, 5 steps", "input", "prediction"]
+
+
 def test_which_documents_are_run():
     assert {"README.md", "docs/ecosystem.md"} <= set(MARKED)
 

@@ -169,7 +169,7 @@ def test_the_wheel_holds_the_commands_and_no_laboratory(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    commands = {"train", "test", "restore", "evaluate", "compare", "convert_weights"}
+    commands = {"train", "test", "restore", "evaluate", "compare", "tables", "convert_weights"}
     assert {Path(n).stem for n in names if n.startswith("ucdir_cli/")} == {*commands, "command_line", "__init__"}
     assert {f"ucdir_plugin/{n}" for n in ("evaluation/report.html", "archs/akgm/akgm.cpp", "zoo/index.json")} <= names
     assert {module_of(n) for n in names if n.startswith("ucdir_plugin/") and n.endswith(".py")} == MODULES

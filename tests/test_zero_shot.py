@@ -18,8 +18,9 @@ from ucdir_plugin.diffusion.prior import DDPM, DenoiserPrior, GaussianPrior, Net
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
 from ucdir_plugin.options.schema import BirdOptions
 from ucdir_plugin.restoration import deepinv_methods
-from ucdir_plugin.restoration.deepinv_methods import DDNM, DPS, METHODS, DiffPIR
+from ucdir_plugin.restoration.deepinv_methods import DDNM, DDRM, DPS, METHODS, DiffPIR
 from ucdir_plugin.restoration.deepinv_solver import ZeroShotSolver, physics_of
+from ucdir_plugin.restoration.singular_values import decompose
 from ucdir_plugin.utils.errors import NotAvailable, UserError
 
 needs_deepinv = pytest.mark.skipif(
@@ -63,13 +64,70 @@ def test_adjoint_and_offset(name):
         assert float(physics.A(x).abs().sum()) > 0
 
 
+ORTHOGONAL = {
+    "identity": (start_kernel(1, 1), Operator(), "reflect"),
+    "border": (start_kernel(1, 5), Operator(), "valid"),
+    "block mean": (start_kernel(1, 5), BlockMean(4), "valid"),
+    "hole mask": (start_kernel(1, 1), holes(16), "reflect"),
+    "channel mean": (start_kernel(1, 1), ChannelMean(), "reflect"),
+    "all": (start_kernel(1, 3), Compose([BlockMean(2), ChannelMean(), holes(8)]), "valid"),
+    "separable blur": (gaussian(1.0, 5), Operator(), "valid"),
+    "separable blur, zeros": (gaussian(1.3, 7), Operator(), "zeros"),
+}
+
+
+@needs_deepinv
+@pytest.mark.parametrize("name", ORTHOGONAL)
+def test_singular_values(name):
+    """A = U S V^T, U and its adjoint agree, V V^T = 1, and coordinates of norm 1 that A sees are images of norm 1."""
+    kernel, operator, padding = ORTHOGONAL[name]
+    border = kernel.shape[-1] // 2 if padding == "valid" else 0
+    like = normal((1, 3, 16 + 2 * border, 20 if name.startswith("sep") else 16 + 2 * border), name).double()
+    one = Degradation(kernel, None, operator, padding)
+    physics, y = physics_of([(one(like), one)], like, NOISE)
+    found = decompose(physics, [(one(like), one)], like)
+    exact = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found.given(found.values * found.coordinates(like)), y, **exact)
+    torch.testing.assert_close(found.image(found.coordinates(like)), like, **exact)
+    c, v = normal(found.values.shape, name, "c").double(), normal(y.shape, name, "v").double()
+    torch.testing.assert_close((found.given(c) * v).sum(), (c * found.seen(v)).sum(), **exact)
+    torch.testing.assert_close((found.image(c) * like).sum(), (c * found.coordinates(like)).sum(), **exact)
+    seen = torch.where(found.values > 0, c, torch.zeros_like(c))
+    torch.testing.assert_close(found.image(seen).norm(), seen.norm(), **exact)
+
+
+@needs_deepinv
+def test_ddrm_without_noise_keeps_what_was_seen():
+    operator = holes(16)
+    y = operator((normal((1, 3, 16, 16), "y").tanh() + 1) / 2) * 2 - 1
+    prior = DenoiserPrior(lambda x, sigma: x, 0.3)
+    one = Degradation(start_kernel(1, 1), None, operator)
+    found = run(prior, y, one, DDRM(steps=5, sigma_start=0.3, noise=0.0)).image
+    known = operator.known.expand_as(found).bool()
+    last = float((1 / prior.schedule.alpha_bar[0] - 1) ** 0.5)
+    assert float((found - y)[known].abs().max()) < max(5 * last, 0.05)
+
+
+DIAGONAL = (torch.eye(5) / 5).expand(1, 3, 1, 5, 5).clone()
+
+
+@needs_deepinv
+@pytest.mark.parametrize("kernel, operator", [(DIAGONAL, Operator()), (gaussian(1.0, 5), BlockMean(2))])
+def test_ddrm_says_what_it_cannot_do(kernel, operator):
+    y, one = normal((1, 3, 8, 8), "y").tanh(), Degradation(kernel, None, operator, "valid")
+    with pytest.raises(UserError, match="DDRM needs singular vectors.*take ddnm") as raised:
+        run(DenoiserPrior(local, 0.3), y, one, DDRM(steps=3))
+    assert "\n" not in str(raised.value)
+
+
 def run(prior, y, degradation, method, keys=("a",), seed=0, **further):
     return ZeroShotSolver(prior, [(y, degradation)], method, image_noise(seed, keys), **further).run()
 
 
 # For the motion, and the others. The mean of four exact samples is 1 dB below the posterior's mean, the gradients of
 # DPS need more steps, and DiffPIR's samples spread too little.
-ALLOWED = {"ddnm": (1.0, 1.5), "dps": (4.2, 1.3), "diffpir": (0.7, 0.9)}
+ALLOWED = {"ddnm": (1.0, 1.5), "dps": (4.2, 1.3), "diffpir": (0.7, 0.9), "ddrm": (0.5, 0.9)}
+ANY_OPERATOR = [name for name in METHODS if name != "ddrm"]
 
 
 @needs_deepinv
@@ -212,12 +270,15 @@ def test_tiled_equals_whole(name):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-5)
 
 
-def batch():
+def batch(blur):
     y = normal((3, 3, 16, 16), "y").tanh()
     operator = Compose([holes(16, 3)])
     y = operator((y + 1) / 2) * 2 - 1
     return y, Degradation(
-        torch.cat([gaussian(s, 5) for s in (0.5, 1.0, 1.5)]), normal((3, 1, 16, 16)) / 50, operator, "valid"
+        torch.cat([gaussian(s, 5) for s in (0.5, 1.0, 1.5)]) if blur else start_kernel(3, 5),
+        normal((3, 1, 16, 16)) / 50,
+        operator,
+        "valid",
     )
 
 
@@ -225,7 +286,7 @@ def batch():
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_but_seed_and_image_counts(name):
     """A batch is its images one by one; the same again is the same; the caller's generators are left alone."""
-    y, degradation = batch()
+    y, degradation = batch(blur=name != "ddrm")
     prior, method, keys = GaussianPrior.natural(20, 20, 0.3), METHODS[name](steps=4, sigma_start=0.3), "abc"
     torch.manual_seed(5)
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -253,7 +314,7 @@ def test_nothing_but_seed_and_image_counts(name):
 
 
 @needs_deepinv
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ANY_OPERATOR)
 def test_two_observations_of_a_scene(name):
     """Each says something: together they are nearer to the truth than the better one alone."""
     prior, truth, y = scene(32, 2, motion(6, 9))
@@ -308,6 +369,8 @@ def test_what_does_not_fit_is_said():
         ("dps", {"weight": 0}, "weight must be a number above 0"),
         ("dps", {"guidance": "annealled"}, "DPS: guidance 'annealled' is not known"),
         ("diffpir", {"weight": math.nan}, "DiffPIR: weight must be"),
+        ("ddrm", {"eta": 1.5}, "DDRM: eta must be between 0 and 1"),
+        ("ddrm", {"eta_b": -1}, "DDRM: eta_b must be between 0 and 1"),
         ("diffpir", {"zeta": 1.5}, "zeta must be between 0 and 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import json
 import os
@@ -48,16 +49,17 @@ class Run:
         return path if path and os.path.isfile(path) else None
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
+def read_runs(paths: Sequence[str], least: int = 2) -> list[Run]:
     """Read the tables of runs that are to be compared.
 
     Args:
         paths: of tables (.json), or of folders with one.
+        least: how many there must be.
 
     Raises:
-        UserError: for fewer than two, and what cannot be read.
+        UserError: for fewer, and what cannot be read.
     """
-    if len(paths) < 2:
+    if len(paths) < least:
         raise UserError("comparing takes two runs or more")
     runs: list[Run] = []
     found: list[tuple[str, str, str, tables.Results]] = []
@@ -84,6 +86,20 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         rows = {row["image"] if ambiguous else _stem(row): row for row in results.rows}
         runs.append(Run(" ".join(name.split()), path, results, rows))
     return runs
+
+
+def stage_as_run(run: Run, stage: str, name: str) -> Run:
+    """Another stage of a run, its input or initial prediction, as a run of its own, whose results it is."""
+    rows = {}
+    for key, row in run.rows.items():
+        files_of = row.get("files", {})
+        rows[key] = {
+            **row,
+            "metrics": {"restored": row["metrics"].get(stage, {})},
+            "files": {"restored": files_of[stage]} if stage in files_of else {},
+        }
+    sets = {"restored": run.results.sets.get(stage, {})}
+    return Run(name, run.path, dataclasses.replace(run.results, rows=list(rows.values()), sets=sets), rows)
 
 
 def _stem(row: tables.Row) -> str:
@@ -302,15 +318,31 @@ def write_comparison(
     Returns:
         the Markdown, and whether there is a grid.
     """
-    found = compare(runs, stage)
+    return write_found(runs, compare(runs, stage), output, images, count)
+
+
+def write_found(
+    runs: Sequence[Run],
+    found: dict[str, Any],
+    output: str,
+    images: Sequence[str],
+    count: int,
+    published: Optional[Mapping[str, Sequence[Optional[float]]]] = None,
+) -> tuple[str, bool]:
+    """Write what :func:`compare` found, with a grid of ``runs``, as :func:`write_comparison` does.
+
+    Args:
+        published: row of a paper -> its values in the columns, which the LaTeX table and the JSON have besides.
+    """
+    stage = found["stage"]
     chosen = [i if i in runs[0].rows else os.path.splitext(i)[0] for i in images] or telling_images(runs, found, count)
     picture = grid(runs, chosen, stage)
     text = markdown(found)
-    stem = os.path.join(output, "comparison")
-    files.write_text(json.dumps(tables.finite(found), indent=1, allow_nan=False), f"{stem}.json")
+    stem, extra = os.path.join(output, "comparison"), {"published": dict(published)} if published else {}
+    files.write_text(json.dumps(tables.finite({**found, **extra}), indent=1, allow_nan=False), f"{stem}.json")
     files.write_text(text, f"{stem}.md")
     files.write_text(formats.comma_separated(found), f"{stem}.csv")
-    files.write_text(formats.latex(found), f"{stem}.tex")
+    files.write_text(formats.latex(found, published), f"{stem}.tex")
     if picture is not None:
         write_atomically(cv2.imencode(".png", picture)[1].tobytes(), f"{stem}.png")
     return text, picture is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional, Sequence
 
 from ucdir_plugin.evaluation.tables import number
 from ucdir_plugin.metrics import protocol
@@ -19,11 +19,12 @@ def latex_text(text: str) -> str:
     return re.sub(r"[\\^~#$%&_{}]", lambda found: _LATEX[found[0]], " ".join(text.split()))
 
 
-def latex(found: Mapping[str, Any]) -> str:
+def latex(found: Mapping[str, Any], published: Optional[Mapping[str, Sequence[Optional[float]]]] = None) -> str:
     """A ``tabular`` of means, a run a line, the best of each column bold; how each was measured, as comments.
 
     Args:
         found: of :func:`ucdir_plugin.evaluation.compare.compare`.
+        published: row of a paper -> its values in the columns; they stand below a line, and none of them is bold.
     """
     columns = found["columns"]
     arrows = {"higher": r" $\uparrow$", "lower": r" $\downarrow$"}
@@ -49,6 +50,10 @@ def latex(found: Mapping[str, Any]) -> str:
             text = "--" if column["cells"][i] is None else number(value)
             cells.append(rf"\textbf{{{text}}}" if value is not None and value == top else text)
         lines.append(" & ".join(cells) + r" \\")
+    if published:
+        lines += [r"\hline", rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{Published, measured otherwise}} \\"]
+        for name, values in published.items():
+            lines.append(" & ".join([latex_text(name), *("--" if v is None else f"{v:g}" for v in values)]) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
 
 

@@ -281,7 +281,7 @@ class BirdOptions(_Schema):
     task: str = "blind"
     prior: str = "ffdnet"
     network: Optional[Dict[str, Any]] = None  # of a prior's file that does not say what it is
-    solver: Literal["bird", "ddnm", "dps", "diffpir"] = "bird"
+    solver: Literal["bird", "ddnm", "ddrm", "dps", "diffpir"] = "bird"
     preset: str = "default"
     ablation: Optional[Literal["A", "B", "C", "D"]] = None
     noise: Optional[float] = Field(None, ge=0, le=255)  # of y, of 255

@@ -1,4 +1,4 @@
-"""DDNM, DPS and DiffPIR of deepinv: settings and guidance."""
+"""DDNM, DDRM, DPS and DiffPIR of deepinv: settings and guidance."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import abc
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, Literal, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Literal, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
 
+from ucdir_plugin.diffusion.bird.degradation import Degradation
 from ucdir_plugin.diffusion.schedule import NoiseSchedule
+from ucdir_plugin.restoration.singular_values import decompose
 from ucdir_plugin.utils.errors import NotAvailable, UserError
 
 GUIDANCES = ("annealed", "norm")
@@ -27,7 +29,7 @@ def deepinv() -> ModuleType:
         import deepinv as package
     except ImportError as err:
         raise NotAvailable(
-            "DDNM, DPS and DiffPIR need deepinv and Python 3.10: pip install 'ucdir-plugin[deepinv]'"
+            "DDNM, DDRM, DPS and DiffPIR need deepinv and Python 3.10: pip install 'ucdir-plugin[deepinv]'"
         ) from err
     return package
 
@@ -45,6 +47,7 @@ class Problem:
         schedule: as many levels as there are steps.
         levels: all of the prior's up to the first level.
         generator: of further noise.
+        observed: y (1, c, h, w) in [0, 1] and its degradation, of each observation, which ``physics`` was made of.
     """
 
     denoise: Callable[[torch.Tensor, float], torch.Tensor]
@@ -55,6 +58,7 @@ class Problem:
     schedule: NoiseSchedule
     levels: NoiseSchedule
     generator: torch.Generator
+    observed: Sequence[Tuple[torch.Tensor, Degradation]]
 
 
 @dataclass(frozen=True)
@@ -216,5 +220,47 @@ class DiffPIR(Method):
         return solver(problem.y, problem.physics, x_init=problem.guess)
 
 
-METHODS: Dict[str, Type[Method]] = {"ddnm": DDNM, "dps": DPS, "diffpir": DiffPIR}
+@dataclass(frozen=True)
+class DDRM(Method):
+    """Denoises, and mixes with y each coordinate of the operator's singular vectors (Kawar et al., 2022).
+
+    It is deepinv's, whose noise is smaller than the paper's by the square root of 2. What it restores is the difference
+    from the guess, so that a denoiser is a prior too. Singular values that y's noise hides even at the first level
+    count as 0.
+
+    Attributes:
+        eta: part of new noise in coordinates that y does not see, and in those that its noise hides at this level.
+        eta_b: part of y in the others.
+    """
+
+    eta: float = 0.85
+    eta_b: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("eta", self.eta), ("eta_b", self.eta_b)):
+            if not 0 <= value <= 1:
+                raise UserError(f"DDRM: {name} must be between 0 and 1, got {value}")
+
+    def __call__(self, problem: Problem) -> torch.Tensor:
+        package, guess = deepinv(), problem.guess
+        found = decompose(problem.physics, problem.observed, guess)
+        sigmas = [float(sigma) for sigma in (1 / problem.schedule.alpha_bar[::-1] - 1) ** 0.5 / 2]
+        values = torch.where(found.values * sigmas[0] > self.noise, found.values, torch.zeros_like(found.values))
+        physics = package.physics.DecomposablePhysics(
+            U=found.given,
+            U_adjoint=found.seen,
+            V=found.image,
+            V_adjoint=found.coordinates,
+            mask=values,
+            noise_model=package.physics.GaussianNoise(self.noise),
+            device=guess.device,
+        )
+        solver = package.sampling.DDRM(
+            lambda x, sigma: problem.denoise(x + guess, sigma) - guess, sigmas, eta=self.eta, etab=self.eta_b
+        )
+        return solver(problem.y - problem.physics.A(guess), physics) + guess
+
+
+METHODS: Dict[str, Type[Method]] = {"ddnm": DDNM, "ddrm": DDRM, "dps": DPS, "diffpir": DiffPIR}
 """By their names in option files."""

@@ -1,15 +1,16 @@
-"""Other zero-shot solvers with the same priors, for tables side by side: DDNM, DPS and DiffPIR, by way of deepinv.
+"""Other zero-shot solvers with the same priors, for tables side by side: DDNM, DDRM, DPS and DiffPIR, by deepinv.
 
-The operator must be known. DPS and DiffPIR are deepinv's own; DDNM, which deepinv 0.5 does not have (its DDRM needs the
-operator's singular vectors), is put together from its least squares. All start at the largest noise that the prior
-knows, from y on the scene's grid, so that a denoiser is a prior too. Defaults are what did well in 16 and 50 steps with
-FFDNet on two photographs; deepinv's own are a weight of 7 and zeta 0.1 for DiffPIR, and ``norm`` with weight 1 for DPS.
+The operator must be known; DDRM takes only those whose singular vectors are. DPS, DDRM and DiffPIR are deepinv's own;
+DDNM, which deepinv 0.5 does not have, is put together from its least squares. All start at the largest noise that the
+prior knows, from y on the scene's grid, so that a denoiser is a prior too. Defaults are what did well in 16 and 50
+steps with FFDNet on two photographs; deepinv's own are a weight of 7 and zeta 0.1 for DiffPIR, and ``norm`` with weight
+1 for DPS.
 
     degradation = Degradation(kernel, None, operator, padding="valid")
     result = ZeroShotSolver(prior, [(y, degradation)], DiffPIR(steps=50), noise).run()
 
-Papers: DDNM, https://arxiv.org/abs/2212.00490; DPS, https://arxiv.org/abs/2209.14687; DiffPIR,
-https://arxiv.org/abs/2305.08995. deepinv: https://deepinv.github.io
+Papers: DDNM, https://arxiv.org/abs/2212.00490; DDRM, https://arxiv.org/abs/2201.11793; DPS,
+https://arxiv.org/abs/2209.14687; DiffPIR, https://arxiv.org/abs/2305.08995. deepinv: https://deepinv.github.io
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class ZeroShotSolver(solver.Solver):
     Args:
         prior, observed, noise, tile, overlap, tile_batch, merge, names, start, progress: as there; the kernels and
             masks are taken for true. Further noise is drawn from a generator that ``noise`` seeds.
-        method: :class:`DDNM`, :class:`DPS` or :class:`DiffPIR`.
+        method: one of :data:`ucdir_plugin.restoration.deepinv_methods.METHODS`.
 
     Raises:
         NotAvailable: if deepinv is not installed.
@@ -216,6 +217,7 @@ class ZeroShotSolver(solver.Solver):
             self.schedule,
             known.truncate(int((known.alpha_bar >= most * (1 - 1e-9)).sum())),
             torch.Generator(x_t.device).manual_seed(seed),
+            observed,
         )
         with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):
             torch.manual_seed(seed)

@@ -6,16 +6,11 @@ import dataclasses
 import re
 from typing import Any, Dict, List, Optional
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from ucdir_plugin.options.reading import read_yaml_file
+from ucdir_plugin.evaluation.plans import STRICT, read_as
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 INPUT = "input"
 """``model`` of the run that restores nothing."""
-
-
-_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Run:
         iteration: of the training, for the curves; runs of one name then differ in it.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: str
     model: str
@@ -59,7 +54,7 @@ class Part:
         sets: only these of the option file's.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     title: str
     runs: List[Run]
@@ -72,7 +67,7 @@ class Part:
 class Plan:
     """``opt``: the option file of sets and metrics; ``parts``: name -> :class:`Part`."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     opt: str
     parts: Dict[str, Part]
@@ -84,13 +79,7 @@ def read_plan(path: str) -> Plan:
     Raises:
         UserError: naming the first fault.
     """
-    raw = read_yaml_file(path)
-    try:
-        plan = TypeAdapter(Plan).validate_python(raw)
-    except ValidationError as err:
-        error = err.errors()[0]
-        where = ":".join(str(place) for place in error["loc"])
-        raise UserError(f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}") from err
+    plan = read_as(Plan, path)
     if not plan.parts:
         raise UserError(f"{path}: parts: there are none")
     for name, part in plan.parts.items():
