@@ -331,6 +331,7 @@ RULE_CASES = {
     "losses": (TINY, {"train": {"initial_opt": {"type": "L2Loss"}}}, "option train:initial_opt:type: there is no loss 'L2Loss'"),
     "predictor": (TINY, {"train": {"predictor": {"frozen": True}}}, "option train:initial_opt has no meaning for a predictor that is frozen"),
     "needed_for_training": (TINY, {"train": {"diffusion_opt": None}}, "option train:diffusion_opt is missing"),
+    "student": (TINY, {"model_type": "UCDIRStudentModel", "train": {"diffusion_opt": None, "initial_opt": None, "distillation_opt": {"type": "MSELoss"}}, "val": {"sampling": {"steps": 1}}}, "option train:teacher is missing"),
     "predictor_weights": (TINY, {"path": {"pretrain_network_predictor": "p.pth", "pretrain_network_g": "g.pth"}}, "option path:pretrain_network_predictor: pretrain_network_g holds the predictor too"),
     "foreign_training": (ESRGAN, {"train": {"grad_clip": 1.0}}, "option train:grad_clip is for UCDIRModel; SRModel would ignore it"),
     "sampling": (TINY, {"val": {"sampling": {"eta": 0.5}}}, "option val:sampling:eta: has no meaning for ddpm, only for ddim and dpmpp_2m_sde; remove it"),

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from ucdir_plugin.registry import MODELS
 from ucdir_plugin.restoration import bird, load
 from ucdir_plugin.training.prior_task import PriorTask
+from ucdir_plugin.training.student_task import StudentTask
 from ucdir_plugin.training.task import Batch, DiffusionTask, unsigned
 from ucdir_plugin.training.ucdir_task import UCDIRTask
 from ucdir_plugin.utils import checkpoints
@@ -178,6 +179,13 @@ class MMUCDIRModel(MMDiffusionModel):
     def tensor(self, inputs: Batch, keys: Optional[List[str]]) -> Any:
         """Initial prediction and restored images, (B, 3, H, W) in [-1, 1]."""
         return self.task.restore(self.net, inputs, keys or [str(i) for i in range(len(inputs["lq"]))])
+
+
+@MODELS.register_module(name="UCDIRStudentModel")
+class MMUCDIRStudentModel(MMUCDIRModel):
+    """A student of one step, a :class:`~ucdir_plugin.training.student_task.StudentTask`, under MMEngine."""
+
+    task_class = StudentTask
 
 
 @MODELS.register_module(name="DiffusionPriorModel")

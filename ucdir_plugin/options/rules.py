@@ -41,6 +41,7 @@ class ModelRules:
         own: a model of this package; others take keys of their own.
         trains: whether it trains by a task of this package (schedule, losses on noise, conditions).
         blind: whether it is BIR-D.
+        loss: the option of its training's loss.
         schedule: of training.
         meaningless: options that it has no use for.
         sections: that only other models need; they are dropped.
@@ -49,21 +50,38 @@ class ModelRules:
     own: bool = True
     trains: bool = True
     blind: bool = False
+    loss: str = "diffusion_opt"
     schedule: type = ScheduleOptions
     meaningless: Tuple[str, ...] = ()
     sections: Tuple[str, ...] = ("bird",)
 
 
 _PATCHES = ("start_timestep", "border", "tile", "overlap", "tile_batch", "grid", "merge", "split", "cache_mb")
+_DISTILLATION = ("train:teacher", "train:distillation_opt")
 _DIFFUSION = ("diffusion", "compile", "val:sampling", "val:samples")
 
 MODELS: Dict[str, ModelRules] = {
-    "UCDIRModel": ModelRules(meaningless=("train:variance_opt", "val:samples"), sections=("bird", "val:samples")),
+    "UCDIRModel": ModelRules(
+        meaningless=("train:variance_opt", "val:samples", *_DISTILLATION), sections=("bird", "val:samples")
+    ),
+    "UCDIRStudentModel": ModelRules(
+        loss="distillation_opt",
+        meaningless=(
+            "train:variance_opt",
+            "train:diffusion_opt",
+            "train:initial_opt",
+            "train:predictor",
+            "path:pretrain_network_predictor",
+            "val:samples",
+        ),
+        sections=("bird", "val:samples"),
+    ),
     "DiffusionPriorModel": ModelRules(
         schedule=PriorScheduleOptions,
         meaningless=(
             "train:initial_opt",
             "train:predictor",
+            *_DISTILLATION,
             "path:pretrain_network_predictor",
             "val:metrics",
             *(f"val:sampling:{key}" for key in _PATCHES),
@@ -333,10 +351,23 @@ def needed_for_training(checked: Checked) -> None:
     """The loss on noise, or of a foreign model the scheduler, is there."""
     if (train := _train(checked)) is None:
         return
-    if checked.model.trains and not train.get("diffusion_opt"):
-        raise UserError("option train:diffusion_opt is missing (the loss on the predicted noise)")
+    key = checked.model.loss
+    if checked.model.trains and not train.get(key):
+        what = "the loss on the predicted noise" if key == "diffusion_opt" else "the loss on what the teacher gives"
+        raise UserError(f"option train:{key} is missing ({what})")
     if not checked.model.trains and train.get("scheduler") is None:
         raise UserError("option train:scheduler is missing")
+
+
+def student(checked: Checked) -> None:
+    """A student has a teacher and samples in one step."""
+    if checked.model.loss != "distillation_opt":
+        return
+    steps, sampler = (checked.opt["val"]["sampling"][key] for key in ("steps", "sampler"))
+    if steps != 1 or sampler == "heun":
+        raise UserError(f"option val:sampling: a student samples in one step, not {steps} of {sampler}: set steps: 1")
+    if (train := _train(checked)) is not None and train.get("teacher") is None:
+        raise UserError("option train:teacher is missing (model: the network that the student learns from)")
 
 
 def predictor_weights(checked: Checked) -> None:
@@ -413,6 +444,7 @@ RULES: Tuple[Rule, ...] = (
     losses,
     predictor,
     needed_for_training,
+    student,
     predictor_weights,
     foreign_training,
     sampling,

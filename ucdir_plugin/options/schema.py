@@ -208,6 +208,13 @@ class PredictorOptions(_Schema):
     lr: Optional[float] = Field(None, gt=0)
 
 
+class TeacherOptions(_Schema):
+    """What a student learns from; default sampling: the teacher's own."""
+
+    model: str
+    sampling: Optional[Dict[str, Any]] = None
+
+
 class TrainOptions(_Schema):
     """Iterations, optimizer, losses, averages (section ``train``)."""
 
@@ -221,6 +228,8 @@ class TrainOptions(_Schema):
     initial_opt: Optional[_Typed] = None
     variance_opt: Optional[_Typed] = None
     predictor: Optional[PredictorOptions] = None
+    teacher: Optional[TeacherOptions] = None
+    distillation_opt: Optional[_Typed] = None
     grad_clip: Optional[float] = Field(None, gt=0)
     accumulate: PositiveInt = 1
     amp: Optional[Literal["bf16", "fp16"]] = None

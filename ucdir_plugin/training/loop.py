@@ -71,7 +71,8 @@ def train(opt: dict, args: argparse.Namespace) -> int:
     seed, total = opt["manual_seed"], opt["train"]["total_iter"]
     train_set, val_sets, model, saved_state, logger = begin_training(opt, args.opt, BASICSR)
     start = saved_state.iteration if saved_state else 0
-    logger.info(f"weights: {opt['path'].get('pretrain_network_g') or 'random'}")
+    teacher = (opt["train"].get("teacher") or {}).get("model")
+    logger.info(f"weights: {opt['path'].get('pretrain_network_g') or teacher or 'random'}")
     if isinstance(model, HasNetwork):
         model.print_network(model.net_g)
 

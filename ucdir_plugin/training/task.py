@@ -63,6 +63,8 @@ class DiffusionTask(ABC):
     """
 
     band_log = "l_eps_l1_band"
+    loss_key = "diffusion_opt"
+    """The option of ``train`` that says the loss."""
 
     def __init__(self, opt: Dict[str, Any], device: torch.device):
         # Complete under tools/train.py; others hand over what they have.
@@ -127,7 +129,7 @@ class DiffusionTask(ABC):
         Raises:
             UserError: for what this device or this network cannot do.
         """
-        self.cri_diffusion = build_loss(self.train_opt["diffusion_opt"]).to(self.device)
+        self.cri_diffusion = build_loss(self.train_opt[self.loss_key]).to(self.device)
         # A loss of BasicSR may be used too; most do not know of noise levels.
         self.with_level = "noise_level" in inspect.signature(self.cri_diffusion.forward).parameters
         self.amp_dtype = devices.amp_dtype(self.device, self.train_opt.get("amp"), "option train:amp")
