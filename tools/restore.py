@@ -77,7 +77,12 @@ def parse_args() -> argparse.Namespace:
     )
     bird.add_argument("--mask", metavar="FILE", help="picture of the holes (white), for inpaint; or a folder of them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="in which the networks compute; fp16 on CUDA only")
+    add(
+        "--dtype",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="in which the networks compute (default: auto, bf16 where it is faster); fp16 on CUDA only",
+    )
     add("--overwrite", action="store_true", help="restore also what has been restored before")
     add("--max-pixels", type=float, help="refuse larger images, by their header (default: 250e6)")
     add("--scratch", metavar="DIR", help="keep image-sized data in files there: for images too large for the memory")

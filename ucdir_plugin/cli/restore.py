@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ucdir_plugin.options.reading import read_assignments
 from ucdir_plugin.restoration.folder import restore_files
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         trust=args.trust_config,
     )
     for name, text in model.notes.items() if share.rank == 0 else ():
-        print(printable(f"{model.about['model']}: {name}: {text}"))
+        of_machine = name in ("dtype", "warning")
+        print(printable(f"{model.about['model']}: {name}: {text}"), file=sys.stderr if of_machine else sys.stdout)
     return restore_files(
         model,
         source,

@@ -19,83 +19,17 @@ from ucdir_plugin.diffusion.bird.tasks import preset, task_named
 from ucdir_plugin.diffusion.conditions import check_ranges, declare
 from ucdir_plugin.metrics import protocol
 from ucdir_plugin.options.calls import check_call, check_metric, check_registered, check_values, is_own
+from ucdir_plugin.options.model_rules import FOREIGN, MODELS, ModelRules
 from ucdir_plugin.options.schema import (
     BirdOptions,
     DatasetOptions,
     MMEngineOptions,
-    PriorScheduleOptions,
     SamplingOptions,
-    ScheduleOptions,
     TrainOptions,
     check_sampling,
 )
 from ucdir_plugin.utils.degradations import chain
 from ucdir_plugin.utils.errors import UserError, did_you_mean
-
-
-@dataclass(frozen=True)
-class ModelRules:
-    """What a model makes of option files.
-
-    Attributes:
-        own: a model of this package; others take keys of their own.
-        trains: whether it trains by a task of this package (schedule, losses on noise, conditions).
-        blind: whether it is BIR-D.
-        loss: the option of its training's loss.
-        schedule: of training.
-        meaningless: options that it has no use for.
-        sections: that only other models need; they are dropped.
-    """
-
-    own: bool = True
-    trains: bool = True
-    blind: bool = False
-    loss: str = "diffusion_opt"
-    schedule: type = ScheduleOptions
-    meaningless: Tuple[str, ...] = ()
-    sections: Tuple[str, ...] = ("bird",)
-
-
-_PATCHES = ("start_timestep", "border", "tile", "overlap", "tile_batch", "grid", "merge", "split", "cache_mb")
-_DISTILLATION = ("train:teacher", "train:distillation_opt")
-_DIFFUSION = ("diffusion", "compile", "val:sampling", "val:samples")
-
-MODELS: Dict[str, ModelRules] = {
-    "UCDIRModel": ModelRules(
-        meaningless=("train:variance_opt", "val:samples", *_DISTILLATION), sections=("bird", "val:samples")
-    ),
-    "UCDIRStudentModel": ModelRules(
-        loss="distillation_opt",
-        meaningless=(
-            "train:variance_opt",
-            "train:diffusion_opt",
-            "train:initial_opt",
-            "train:predictor",
-            "path:pretrain_network_predictor",
-            "val:samples",
-        ),
-        sections=("bird", "val:samples"),
-    ),
-    "DiffusionPriorModel": ModelRules(
-        schedule=PriorScheduleOptions,
-        meaningless=(
-            "train:initial_opt",
-            "train:predictor",
-            *_DISTILLATION,
-            "path:pretrain_network_predictor",
-            "val:metrics",
-            *(f"val:sampling:{key}" for key in _PATCHES),
-        ),
-    ),
-    "BIRDModel": ModelRules(
-        trains=False,
-        blind=True,
-        meaningless=("network_g", "diffusion", "train", "compile", "val:sampling"),
-        sections=("network_g", *_DIFFUSION),
-    ),
-}
-FOREIGN = ModelRules(own=False, trains=False, sections=("bird", *_DIFFUSION))
-"""A model of BasicSR or of another package."""
 
 _BASICSR_TRAIN = {"total_iter", "warmup_iter", "optim_g", "scheduler", "ema_decay"}
 """Keys of ``train`` that BasicSR's models know; the others are this package's."""

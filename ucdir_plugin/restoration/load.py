@@ -29,7 +29,7 @@ from ucdir_plugin.options.schema import (
     sampling_options,
 )
 from ucdir_plugin.registry import build_arch
-from ucdir_plugin.restoration import bird_options
+from ucdir_plugin.restoration import bird_options, precision
 from ucdir_plugin.restoration.base import Restorer
 from ucdir_plugin.restoration.bird import COLOUR_SIGMA, COLOUR_STEPS, BlindRestorer
 from ucdir_plugin.restoration.bird_options import changed, known_kernel, other_solver
@@ -118,7 +118,8 @@ def load_model(
         weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
             the working directory, else its ``path: pretrain_network_g``.
         device: auto, cpu, cuda or cuda:N.
-        dtype: fp32, bf16 or fp16 (CUDA only) for the networks. Default: the model's ``amp``, else fp32.
+        dtype: fp32, bf16 or fp16 (CUDA only) for the networks; auto: bf16 where it is faster and safe, which the notes
+            then say, else fp32 (:mod:`ucdir_plugin.restoration.precision`). Default: the model's ``amp``, else fp32.
         sampling: replaces keys of the option file's ``val: sampling``, e.g. ``{"sampler": "ddim", "steps": 10, "tile":
             512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything. For BIR-D they are
             keys of ``bird: settings``.
@@ -171,7 +172,7 @@ def load_model(
         "weights_sha256": files.sha256_of(weights_file),
     }
     restorer = of_weights(opt, state, weights_file, chosen, dtype, sampling, about)
-    return dataclasses.replace(restorer, notes=notes, jpeg_quality=quality)
+    return dataclasses.replace(restorer, notes={**notes, **restorer.notes}, jpeg_quality=quality)
 
 
 def of_weights(
@@ -212,9 +213,16 @@ def of_weights(
         # The overlap from which on patches equal the whole image; None: the network looks at all of it.
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
+    notes = {}
+    if dtype == "auto":
+        dtype, reason = precision.choose(net, chosen)
+        if dtype != "fp32":  # what always was is not worth a line
+            notes["dtype"] = f"{dtype}: {reason}"
+    elif dtype == "bf16" and (warning := precision.slower(chosen)):
+        notes["warning"] = f"{warning}: --dtype auto or fp32"
     options = _sampling(opt, dict(sampling or {}), dtype, diffusion, training, type(net).__name__)
     schedule = training if diffusion else None
-    return NetworkRestorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], record)
+    return NetworkRestorer(net, schedule, options, chosen, opt["scale"], opt["manual_seed"], record, notes)
 
 
 _FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
@@ -265,7 +273,7 @@ def _blind(
         if bird:
             raise UserError(f"{next(iter(bird))} is for BIR-D, which {model} is not: take --model bird")
         return None
-    if weights_file is not None or dtype is not None:
+    if weights_file is not None or dtype not in (None, "auto"):
         what = "weights" if weights_file is not None else "dtype"
         raise UserError(
             f"{what} has no meaning for BIR-D: --prior names the network, bird:network says how it computes"
@@ -286,8 +294,8 @@ def _sampling(
     opt: dict, given: Dict[str, Any], dtype: Optional[str], diffusion: bool, training: NoiseSchedule, name: str
 ) -> SamplingOptions:
     if dtype is not None:
-        if dtype not in ("fp32", "bf16", "fp16"):
-            raise UserError(f"dtype {dtype!r} is not known: take fp32, bf16 or fp16")
+        if dtype not in precision.DTYPES:
+            raise UserError(f"dtype {dtype!r} is not known: take auto, fp32, bf16 or fp16")
         given["amp"] = None if dtype == "fp32" else dtype
     if not diffusion:
         for key in given:

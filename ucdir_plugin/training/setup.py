@@ -29,6 +29,7 @@ from ucdir_plugin.diffusion.noise import key_to_seed
 from ucdir_plugin.evaluation.measure import reference_images
 from ucdir_plugin.options.check import load_options, share_batch
 from ucdir_plugin.options.reading import option_text
+from ucdir_plugin.restoration import precision
 from ucdir_plugin.training.stops import is_of_lost_rank, is_of_lost_worker
 from ucdir_plugin.utils import files, memory
 from ucdir_plugin.utils.errors import UserError, free_space
@@ -281,7 +282,16 @@ def begin_training(opt: dict, option_file: str, engine: Engine) -> Begun:
     logger = start_log(opt, "train")
     for line in lines:
         logger.info(line)
+    _warn_of_bf16("train:amp", opt["train"].get("amp"), model, logger)
+    _warn_of_bf16("val:sampling:amp", (opt["val"].get("sampling") or {}).get("amp"), model, logger)
     return Begun(train_set, val_sets, model, saved, logger)
+
+
+def _warn_of_bf16(option: str, amp: Optional[str], model: Any, logger: logging.Logger) -> None:
+    """Say where bf16 is asked for, and slower than full precision."""
+    warning = precision.slower(torch.device(model.device)) if amp == "bf16" and hasattr(model, "device") else None
+    if warning:
+        logger.warning(f"option {option}: {warning}: without it (~) this is faster")
 
 
 def begin_test(opt: dict, overrides: List[str], engine: Engine) -> Tuple[Any, List[Any], logging.Logger]:
@@ -300,7 +310,9 @@ def begin_test(opt: dict, overrides: List[str], engine: Engine) -> Tuple[Any, Li
     _wait(opt)
     engine.make_folders(opt)
     _wait(opt)
-    return model, sets, start_log(opt, "test")
+    logger = start_log(opt, "test")
+    _warn_of_bf16("val:sampling:amp", (opt["val"].get("sampling") or {}).get("amp"), model, logger)
+    return model, sets, logger
 
 
 def _speak(opt: dict) -> None:

@@ -50,11 +50,15 @@ def _library() -> Optional[ctypes.CDLL]:
     return None
 
 
+def folder() -> Path:
+    """Where what is built and measured for this machine is kept."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser() / "ucdir_plugin"
+
+
 def _load(flags: Sequence[str]) -> ctypes.CDLL:
     flags = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", *flags]
     key = hashlib.sha256(repr((torch.__version__, flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser() / "ucdir_plugin"
-    path = root / f"akgm_{key}.so"
+    path = folder() / f"akgm_{key}.so"
     if not path.exists():
         _build(flags, path)
     library = ctypes.CDLL(str(path))
