@@ -6,7 +6,7 @@ import cv2
 import pytest
 import torch
 from conftest import RESTORING, ROOT, TINY, assert_one_line_error, merged
-from ucdir_cli.benchmarks import akgm, timing
+from ucdir_cli.benchmarks import akgm, gpu, timing
 from ucdir_cli.benchmarks import networks as benchmark_networks
 from ucdir_cli.benchmarks import restore as benchmark_restore
 
@@ -215,3 +215,55 @@ def test_memory_of_training_is_what_stays_and_what_a_step_adds(workplace, monkey
 def test_a_data_set_without_truths_is_named(place, part):
     done = place.run("benchmark.py", "restore", "-opt", "options.yml", "--only", part, "--tile", "24", "--overlap", "2")
     assert_one_line_error(done, "datasets:val", "has no true images")
+
+
+# gpu, dry
+
+
+def json_of(done):
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_what_a_gpu_is_asked(workplace):
+    """A dry run on the CPU: all sections, and JSON of each; what is compared with the CPU is the CPU."""
+    done = workplace.run("benchmark.py", "gpu", "--device", "cpu", "--threads", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json_of(done)
+    assert [table["benchmark"].split(" (dry")[0] for table in found] == list(gpu.SECTIONS)
+    agreement, op, step, training = (table["rows"] for table in found)
+    assert all(row["ok"] is True and float(row["difference"]) == 0 for row in agreement)
+    named = {row["what"] for row in agreement}
+    assert {"AKGM, 64 channels, gradient of mix", "sampler heun", "BIR-D, default", "UCDIR, noise"} <= named
+    assert all(float(row["from the loop"]) < 0.02 for row in op) and {row["dtype"] for row in op} == {"fp32", "bf16"}
+    assert all(row["ms"] > 0 for row in step)
+    assert {row["how"] for row in training} == {"alone", "DDP of one"} and all(row["step s"] > 0 for row in training)
+    assert_one_line_error(workplace.run("benchmark.py", "gpu", "--device", "cuda"), "cuda")
+
+
+def test_what_fails_does_not_stop_the_rest(monkeypatch):
+    def broken(bench):
+        raise RuntimeError("no kernel image\nis available")
+
+    def one(bench):
+        return [{"what": "x", "ok": True}]
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"a": one, "b": broken, "c": one})
+    found = gpu.tables("cpu")
+    assert [table["rows"] for table in found] == [one(0), [{"failed": "failed: RuntimeError: no kernel image"}], one(0)]
+    assert gpu.failed(found) and not gpu.failed(found[:1])
+    assert gpu.failed([{"rows": [{"what": "x", "ok": False}]}])
+    monkeypatch.setattr(gpu, "MINUTES", -1)
+    assert all("left out" in table["rows"][0] for table in gpu.tables("cpu"))
+
+
+def test_a_device_that_disagrees_is_found(monkeypatch):
+    """Every second result is off by a hundredth, as if the device computed the first of each pair wrongly."""
+    calls, exact = [], gpu.convolution.adaptive_kernel_conv
+    monkeypatch.setattr(
+        gpu.convolution,
+        "adaptive_kernel_conv",
+        lambda *t: exact(*t) * (1.01 if calls.append(0) or len(calls) % 2 else 1),
+    )
+    rows = gpu.agreement(gpu.Bench(torch.device("cpu")))
+    assert [row["ok"] for row in rows if row["what"] == "AKGM, 64 channels"] == [False]
+    assert all(row["ok"] for row in rows if row["what"].startswith("sampler"))

@@ -3,6 +3,7 @@
 python tools/benchmark.py akgm         AKGM against a plain convolution
 python tools/benchmark.py start        seconds and memory until a command answers -h or a wrong argument; of the import
 python tools/benchmark.py forward      sampling with the released SID network against the release's formulation
+python tools/benchmark.py gpu          all that a GPU should be asked, in at most four minutes (without one a dry run)
 python tools/benchmark.py train        training steps
 python tools/benchmark.py train -opt FILE.yml ...        memory of a training step of these option files
 python tools/benchmark.py complexity   growth with image size, batch, steps, bases and width
@@ -29,6 +30,8 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("akgm", parents=[common])
     what.add_parser("start", parents=[common])
+    gpu = what.add_parser("gpu", parents=[common])
+    gpu.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu, a dry run (default: %(default)s)")
     train = what.add_parser("train", parents=[common])
     train.add_argument(
         "-opt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from ucdir_cli.benchmarks import akgm, bird, calibration, networks, restore, start, timing
+from ucdir_cli.benchmarks import akgm, bird, calibration, gpu, networks, restore, start, timing
 
 from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.options.check import load_options
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     benchmarks = {
         "akgm": lambda: akgm.akgm_alone(args.repeats),
         "start": lambda: start.table(args.repeats),
+        "gpu": lambda: gpu.tables(args.device),
         "forward": lambda: akgm.forward(args.size, args.repeats),
         "train": lambda: _train(args),
         "complexity": lambda: _complexity(args),
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         print(timing.table(result), flush=True)
     if args.what == "complexity" and args.figure:
         akgm.draw_complexity(results[0], args.figure)
-    return 0
+    return 1 if args.what == "gpu" and gpu.failed(results) else 0
 
 
 def _train(args: argparse.Namespace) -> list:
