@@ -328,7 +328,7 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         said = "tiny was trained on JPEG of quality 10 to 30: restored all the same"
         assert notes == [
             f"a_png.png: it is no JPEG, and {said}",
-            f"d_90.jpg: it is a JPEG of quality 90, and {said}, detail may be lost (--model jpeg_any is for it)",
+            f"d_90.jpg: it is a JPEG of quality 90, and {said}, detail may be lost (--model jpeg_any_fast is for it)",
         ]
         records = {
             name: json.loads(Path(f"out{number}/{name}.json").read_text()) for name in ("a_png", "b_5", "c_35", "d_90")
@@ -338,9 +338,11 @@ def test_photos_of_another_kind_are_restored_with_a_note(place, monkeypatch):
         assert model_files.jpeg_quality({"datasets": {"train": {"type": "JPEGDataset", "quality": quality}}}) is None
     monkeypatch.setattr(network_restorer, "QUALITY_MARGIN", 4)
     model = ucdir_plugin.load_model("options.yml")
-    assert model.warning(image_reading.read_photo("mixed/b_5.jpg", 10**6)).endswith("left (--model jpeg_any is for it)")
+    assert model.warning(image_reading.read_photo("mixed/b_5.jpg", 10**6)).endswith(
+        "left (--model jpeg_any_fast is for it)"
+    )
     assert model.warning(image_reading.read_photo("mixed/c_35.jpg", 10**6)).endswith(
-        "lost (--model jpeg_any is for it)"
+        "lost (--model jpeg_any_fast is for it)"
     )
     Image.open("photos/coffee.png").save("mixed/b_4.jpg", quality=4)  # which no model is for
     assert model.warning(image_reading.read_photo("mixed/b_4.jpg", 10**6)).endswith(

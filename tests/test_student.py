@@ -211,6 +211,12 @@ def test_tools_train_resume_exactly_and_ship(school, engine):
     assert done.returncode == 0, done.stderr[-2000:]
     done = school.run("restore.py", "--model", "student.safetensors", "-i", "photos", "-o", "out")
     assert done.returncode == 0, done.stderr[-2000:]
+    for wrong in (["--steps", "3"], ["--set", "start_timestep=200"], ["--sampler", "heun"]):
+        done = school.run("restore.py", "--model", "student.safetensors", "-i", "photos", "-o", "no", *wrong)
+        assert_one_line_error(done, "was distilled for its one step")
+    for fine in (["--sampler", "dpmpp_2m"], ["--tile", "32", "--overlap", "8"], ["--blend", "0.5"]):
+        done = school.run("restore.py", "--model", "student.safetensors", "-i", "photos", "-o", "yes", *fine)
+        assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((school.folder / "out" / "coffee.json").read_text())
     assert record["settings"]["steps"] == 1
 

@@ -85,14 +85,15 @@ def test_the_models_restore_a_jpeg_by_name(name, workplace):
     assert_one_line_error(done, "did you mean", repr(name))
 
 
+@pytest.mark.parametrize("name", ["jpeg_any", "jpeg_any_fast"])
 @pytest.mark.parametrize("quality", [5, 30, 60])
-def test_one_model_for_jpegs_of_all_qualities(quality, tmp_path):
+def test_one_model_for_jpegs_of_all_qualities(quality, name, tmp_path):
     """It is told what the file shows, and is better than the JPEG with and without the residual."""
     truth = cv2.imread(str(PHOTOS / "astronaut.png"))[:192, 128:320]
     path = str(tmp_path / "photo.jpg")
     cv2.imwrite(path, truth, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert zoo.for_jpeg(quality) == "jpeg_any" and zoo.for_jpeg(4) is None
-    model = ucdir_plugin.load_model("jpeg_any")
+    assert zoo.for_jpeg(quality) == "jpeg_any_fast" and zoo.for_jpeg(4) is None
+    model = ucdir_plugin.load_model(name)
     done = ucdir_plugin.restore(path, model)
     assert done.info["condition"] == {"quality": quality} and "note" not in done.info
     jpeg, better, best = (
@@ -102,6 +103,17 @@ def test_one_model_for_jpegs_of_all_qualities(quality, tmp_path):
     assert best > better > jpeg + 0.1 and best > jpeg + 0.5
     other = ucdir_plugin.restore(path, model, condition={"quality": 95}).image
     assert np.abs(other - done.image).max() > 0.01  # it listens
+    assert done.info["nfe"] == (1 if name == "jpeg_any_fast" else 10)
+
+
+def test_the_student_gives_what_its_teacher_samples(tmp_path):
+    """One call as ten, from the same noise: nearly all of the power of the teacher's residual."""
+    path = str(tmp_path / "photo.jpg")
+    cv2.imwrite(path, cv2.imread(str(PHOTOS / "coffee.png"))[:256, 100:356], [cv2.IMWRITE_JPEG_QUALITY, 15])
+    one, ten = (ucdir_plugin.restore(path, ucdir_plugin.load_model(n)) for n in ("jpeg_any_fast", "jpeg_any"))
+    assert np.array_equal(one.initial, ten.initial)
+    residual = ten.image - ten.initial
+    assert np.square(one.image - ten.image).mean() < 0.05 * np.square(residual).mean()
 
 
 @pytest.fixture

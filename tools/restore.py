@@ -1,6 +1,6 @@
 """Restore a photograph, or all of a folder.
 
-python tools/restore.py --model jpeg_small -i photo.jpg -o restored/
+python tools/restore.py --model jpeg_any_fast -i photo.jpg -o restored/
 python tools/restore.py -opt options/demo_ucdir.yml -i photo.jpg -o restored/
 python tools/restore.py --model mine.safetensors -i photos/ -o restored/ --sampler ddim --steps 20
 python tools/restore.py --model bird --task deblur -i blurred.jpg -o restored/
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     which.add_argument(
         "--model",
         metavar="NAME",
-        help="jpeg_small or another of the package, a model file (.safetensors) of tools/convert_weights.py, or bird",
+        help="jpeg_any_fast or another of the package, a file (.safetensors) of tools/convert_weights.py, or bird",
     )
     add("-i", "--input", type=source, help="image, or folder with images in it and below")
     add("-o", "--output", required=True, help="folder for the results; for one image also a .png or .jpg file")

@@ -27,6 +27,7 @@ from ucdir_plugin.options.schema import (
     SamplingOptions,
     ScheduleOptions,
     sampling_options,
+    sampling_schedule,
 )
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.restoration import bird_options, precision
@@ -94,6 +95,9 @@ def from_options(opt: Mapping[str, Any], device: torch.device, trust: bool = Fal
     notes.update((f"prior {options.prior}: {name}", text) for name, text in prior.notes.items())
     return BlindRestorer(prior, task, settings, options, device, blur, method, first, opt["manual_seed"], about, notes)
 
+
+STUDENT = "UCDIRStudentModel"
+"""``model_type`` of what restores in one step, from the level that it was trained at."""
 
 TILE = 1024
 """Longest side of a patch where nothing else is asked for (the paper's, section 4.1)."""
@@ -308,4 +312,11 @@ def _sampling(
         given["tile"] = None
     if "sampler" in given and given["sampler"] != base.get("sampler"):
         base.pop("eta", None)  # the option file's is for its own sampler
-    return sampling_options({**base, **given}, training)
+    options = sampling_options({**base, **given}, training)
+    if opt.get("model_type") == STUDENT:
+        own, used = (sampling_schedule(training, o).levels for o in (sampling_options(base, training), options))
+        if len(used) != len(own) or used[-1] != own[-1] or options.sampler == "heun":
+            raise UserError(
+                f"{opt['name']} was distilled for its one step: leave out steps, spacing, start_timestep and heun"
+            )
+    return options
