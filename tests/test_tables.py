@@ -207,6 +207,76 @@ def test_a_run_that_fails_does_not_take_the_others(standin, make, capsys, monkey
     text = Path("results/tables/bird_4/table.md").read_text()
     assert text.count("left out: tools/test.py ended with 2") == 2
     assert Path("results/tables/bird_4/GoPro/GoPro/comparison.tex").exists()
+    Path("results/tables/bird_4/table.md").unlink()
+    with pytest.raises(UserError, match="none of the runs can be done; HIDE: .*ended with 2"):
+        make("bird_4.yaml", "--parts", "HIDE")
+    assert not Path("results/tables/bird_4/table.md").exists()
+
+
+def test_a_run_whose_images_fail_in_part_is_in_the_table_and_tried_again(standin, make, monkeypatch):
+    standin.cut("bird_4.yaml")
+    arguments = ["bird_4.yaml", "--parts", "HIDE"]
+    assert make(*arguments)[0] == 0
+    start = tables._start
+    for file in Path("results").glob("tables_bird_4_HIDE_*/plan.json"):
+        file.unlink()
+    monkeypatch.setattr(tables, "_start", lambda line: start(line) or 1)  # as test.py ends where some images failed
+    monkeypatch.setattr("sys.argv", ["tables.py", *arguments])
+    assert tables.run(tool.parse_args()) == 1
+    text = Path("results/tables/bird_4/table.md").read_text()
+    assert text.count("some of its images failed") == 2 and "| BIR-D |" in text
+    code, started = make(*arguments)
+    assert (code, len(started)) == (0, 2)
+
+
+def test_old_results_stand_in_no_new_table(standin, make, monkeypatch):
+    """torchrun's exit code is 1 whatever its processes' is; what an earlier run left must not be taken for theirs."""
+    standin.cut("ucdir_1.yaml")
+    assert make("ucdir_1.yaml")[0] == 0
+    start = tables._start
+    monkeypatch.setattr(tables, "_start", lambda line: 1)
+    monkeypatch.setattr("sys.argv", ["tables.py", "ucdir_1.yaml", "--force_yml", "manual_seed=1"])
+    with pytest.raises(UserError, match="none of the runs can be done; .*ended with 1"):
+        tables.run(tool.parse_args())
+    monkeypatch.setattr(tables, "_start", start)
+
+
+def test_what_decides_a_run(standin, monkeypatch):
+    """Every file that the options name: a prior, a first stage, a reference; and metrics whose weights come later."""
+    standin.cut("bird_8.yaml")
+    standin.cut("bird_1.yaml")
+
+    def job(plan, part, number, *more, **flags):
+        read = read_plan(plan)
+        monkeypatch.setattr("sys.argv", ["tables.py", plan, *(["--force_yml", *more] if more else [])])
+        args = tool.parse_args()
+        for key, value in flags.items():
+            setattr(args, key, value)
+        chosen = read.parts[part]
+        return tables._job(chosen.runs[number], "x", [*read.options, *chosen.options], args)
+
+    before = job("bird_8.yaml", "random", 0).made_of
+    assert job("bird_8.yaml", "random", 0).made_of == before
+    cv2.imwrite("datasets/ImageNet/first_stage/0.png", cv2.imread("datasets/ImageNet/first_stage/1.png"))
+    assert job("bird_8.yaml", "random", 0).made_of != before
+    before = job("bird_1.yaml", "LFW", 0).made_of
+    cv2.imwrite("datasets/FFHQ/2.png", cv2.imread("datasets/FFHQ/1.png"))
+    assert job("bird_1.yaml", "LFW", 0).made_of != before
+    lpips = "val:metrics:lpips={type: calculate_lpips}"
+    assert job("bird_1.yaml", "LFW", 0, lpips).made_of != job("bird_1.yaml", "LFW", 0, lpips, download=True).made_of
+    for wrong, words in (
+        ("bird:prior=gone.pt", "gone.pt does not exist"),
+        ("val:reference=gone", "gone does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            job("bird_1.yaml", "LFW", 0, wrong)
+    names = {job("bird_1.yaml", "LFW", n).name for n in (0, 1)}
+    assert len(names) == 2
+    os.makedirs("raw")
+    Path("raw/a.ARW").write_bytes(b"x")
+    before = tables._state("raw")
+    Path("raw/a.ARW").write_bytes(b"xy")
+    assert tables._state("raw") != before  # of no image format
 
 
 def test_images_that_another_program_restored(standin, make, capsys):

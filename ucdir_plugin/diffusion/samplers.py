@@ -224,11 +224,13 @@ class Sampler(NamedTuple):
         sample: the function.
         calls: network calls of each step but the last, which always takes one.
         takes_eta: whether it has a part of new noise in each step, ``eta``.
+        noisy: whether it draws new noise in its steps where no ``eta`` says otherwise.
     """
 
     sample: Callable[..., torch.Tensor]
     calls: int = 1
     takes_eta: bool = False
+    noisy: bool = False
 
     def nfe(self, steps: int) -> int:
         """Network calls (number of function evaluations) of ``steps`` steps."""
@@ -236,10 +238,10 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS: Dict[str, Sampler] = {
-    "ddpm": Sampler(ddpm),
+    "ddpm": Sampler(ddpm, noisy=True),
     "ddim": Sampler(ddim, takes_eta=True),
     "dpmpp_2m": Sampler(dpmpp_2m),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, takes_eta=True),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, takes_eta=True, noisy=True),
     "heun": Sampler(heun, calls=2),
 }
 """The samplers by the name that options know them by; another one is another entry."""

@@ -272,6 +272,17 @@ def _source(cfg: Mapping[str, Any]) -> tuple:
     return kwargs["network"], kwargs["patch_size"], kwargs["crop_border"]
 
 
+def not_available(metrics: Metrics, weights_dir: Optional[str] = None) -> list[str]:
+    """Names of those metrics whose packages or weights are not there."""
+    found = []
+    for name, cfg in metrics.items():
+        try:
+            protocol.stamp(_with_folder(cfg, weights_dir))
+        except NotAvailable:
+            found.append(name)
+    return sorted(found)
+
+
 def _stamp(cfg: Mapping[str, Any], download: bool) -> dict[str, Any]:
     """The protocol's stamp; with ``download``, weights that are not there are had first."""
     tried = set()

@@ -122,8 +122,9 @@ def load_model(
         weights_file: weights for an option file: .pth or .safetensors. Default: what the option file trained below
             the working directory, else its ``path: pretrain_network_g``.
         device: auto, cpu, cuda or cuda:N.
-        dtype: fp32, bf16 or fp16 (CUDA only) for the networks; auto: bf16 where it is faster and safe, which the notes
-            then say, else fp32 (:mod:`ucdir_plugin.restoration.precision`). Default: the model's ``amp``, else fp32.
+        dtype: fp32, bf16 or fp16 (CUDA only) for the networks; auto: the model's ``amp`` if it has one, else bf16 where
+            it is faster and safe, which the notes then say, else fp32 (:mod:`ucdir_plugin.restoration.precision`).
+            Default: the model's ``amp``, else fp32.
         sampling: replaces keys of the option file's ``val: sampling``, e.g. ``{"sampler": "ddim", "steps": 10, "tile":
             512, "overlap": 32}``. ``tile: 0`` takes images whole; 1024 if neither says anything. For BIR-D they are
             keys of ``bird: settings``.
@@ -218,7 +219,9 @@ def of_weights(
         "receptive_field": getattr(net.denoise_fn if diffusion else net, "receptive_field", None),
     }
     notes = {}
-    if dtype == "auto":
+    if dtype == "auto" and (opt["val"].get("sampling") or {}).get("amp"):
+        dtype = None  # the option file says it
+    elif dtype == "auto":
         dtype, reason = precision.choose(net, chosen)
         if dtype != "fp32":  # what always was is not worth a line
             notes["dtype"] = f"{dtype}: {reason}"

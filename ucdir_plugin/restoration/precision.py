@@ -92,9 +92,10 @@ def _cpu() -> str:
 def bf16_time() -> float:
     """Time of an AKGM block in bf16 over that in float32 on this CPU; measured once, then read from a file.
 
-    The file is beside the compiled AKGM, one for each CPU, torch, and choice of instructions.
+    The file is beside the compiled AKGM, one for each CPU, torch, number of threads, and choice of instructions.
     """
     settings = [_cpu(), torch.__version__, torch.backends.cpu.get_cpu_capability(), compiled.available()]
+    settings.append(torch.get_num_threads())
     settings += [os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = compiled.folder() / f"bf16_{key}.json"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ucdir_plugin.archs import UCDIR
-from ucdir_plugin.diffusion.noise import image_noise
+from ucdir_plugin.diffusion.samplers import SAMPLERS
 from ucdir_plugin.options.schema import SamplingOptions, sampling_schedule
 from ucdir_plugin.restoration import sampling
 from ucdir_plugin.restoration.load import load_model
@@ -49,7 +49,7 @@ class StudentTask(UCDIRTask):
             UserError: if the teacher is missing, or its network is another one.
         """
         super().load_first(net, load)
-        if not self.train_opt:
+        if not self.opt.get("is_train", bool(self.train_opt)):
             return
         told = self.train_opt["teacher"]
         teacher = load_model(told["model"], device=str(self.device), sampling=told.get("sampling"))
@@ -63,14 +63,25 @@ class StudentTask(UCDIRTask):
                 f"option network_g: the teacher {told['model']} has other conditions or another residual_scale:"
                 " take over those of its network"
             )
-        if not (self.opt.get("path") or {}).get("pretrain_network_g"):
-            try:
-                net.load_state_dict(teacher.net.state_dict())
-            except RuntimeError as err:
-                raise UserError(
-                    f"option network_g: it is not the network of the teacher {told['model']}: take over that, or name"
-                    " weights in path:pretrain_network_g"
-                ) from err
+        options = teacher.options
+        if SAMPLERS[options.sampler].noisy if options.eta is None else options.eta > 0:
+            raise UserError(
+                f"option train:teacher:sampling: {options.sampler} draws new noise in its steps, so that its sample is"
+                " no function of the first noise: take ddim, dpmpp_2m or heun"
+            )
+        mine, its = (net, teacher.net)
+        if (self.opt.get("path") or {}).get("pretrain_network_g"):
+            mine, its = net.predictor, teacher.net.predictor
+        try:
+            if (mine is None) != (its is None):
+                raise RuntimeError("one of the networks has no predictor")
+            if mine is not None:
+                mine.load_state_dict(its.state_dict())
+        except RuntimeError as err:
+            part = "network" if mine is net else "predictor"
+            raise UserError(
+                f"option network_g: it is not the {part} of the teacher {told['model']}: take that over"
+            ) from err
         self.teacher = teacher.net
         self.teacher_schedule = teacher.schedule
         # A crop is sampled whole, and needs no border: its edges are compared with the student's own.
@@ -79,23 +90,17 @@ class StudentTask(UCDIRTask):
     def draw(self, batch: Batch, numbers: list[int]) -> dict[str, Optional[torch.Tensor]]:
         drawn = super().draw(batch, numbers)
         drawn["noise_level"] = torch.full_like(drawn["noise_level"], self.level)
-        drawn["number"] = torch.tensor(numbers)
         return drawn
 
     @torch.no_grad()
     def teach(self, part: dict[str, Optional[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's initial prediction and its sample's residual, (B, 3, H, W) in [-1, 1]."""
-        later = image_noise(self.seed, [f"train {number}" for number in part["number"].tolist()], self.device)
-
-        def noise(shape: Any, draw: int, *key: Any) -> torch.Tensor:
-            return later(shape, draw, *key) if draw else part["noise"].clone()
-
         initial, restored = sampling.restore(
             self.teacher,
             part["lq"],
             self.teacher_schedule,
             self.teacher_sampling,
-            noise,
+            lambda shape, draw, *key: part["noise"].clone(),
             lambda: self.autocast(self.amp_dtype),
             condition=part["condition"],
         )
