@@ -14,7 +14,7 @@ import ucdir_plugin
 from ucdir_plugin.options.check import check_options
 from ucdir_plugin.registry import build_arch
 from ucdir_plugin.restoration import precision
-from ucdir_plugin.utils.errors import UserError
+from ucdir_plugin.utils.errors import UserError, WriteError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -80,6 +80,13 @@ def test_a_folder_that_cannot_be_written(cpu, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     assert [precision.bf16_time() for _ in range(2)] == [0.5, 0.5] and len(measured) == 2
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "read_only"))
+
+    def refused(text, path):
+        raise WriteError(f"{path} cannot be written")
+
+    monkeypatch.setattr(precision, "write_text", refused)
+    assert precision.bf16_time() == 0.5 and len(measured) == 3
 
 
 def test_a_capability_set_low(cpu, net, monkeypatch):

@@ -277,6 +277,8 @@ def test_what_decides_a_run(standin, monkeypatch):
     before = tables._state("raw")
     Path("raw/a.ARW").write_bytes(b"xy")
     assert tables._state("raw") != before  # of no image format
+    os.symlink("gone", "raw/b.ARW")
+    assert tables._state("raw")  # a link to nothing
 
 
 def test_images_that_another_program_restored(standin, make, capsys):

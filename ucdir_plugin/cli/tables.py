@@ -150,7 +150,7 @@ def _job(entry: plans.Run, prefix: str, options: List[str], args: argparse.Names
             except UserError as err:
                 raise UserError(f"it is not trained: python tools/train.py -opt {entry.opt} ({err})") from err
             weights, key = opt["path"]["pretrain_network_g"], opt["path"]["param_key_g"]
-            overrides += [f"path:pretrain_network_g={weights}", f"path:param_key_g={json.dumps(key)}"]
+            overrides += [f"path:pretrain_network_g={json.dumps(weights)}", f"path:param_key_g={json.dumps(key)}"]
             used.append(weights)
     used = [os.path.expanduser(path) for path in used]
     for path in used:
@@ -190,8 +190,8 @@ def _state(path: str) -> str:
     for folder, folders, names in os.walk(path, followlinks=True):
         folders.sort()
         for name in sorted(names):
-            state = os.stat(os.path.join(folder, name))
-            place = os.path.relpath(os.path.join(folder, name), path)
+            file = os.path.join(folder, name)
+            state, place = os.stat(file) if os.path.exists(file) else os.lstat(file), os.path.relpath(file, path)
             digest.update(f"{place} {state.st_size} {state.st_mtime_ns}\n".encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 

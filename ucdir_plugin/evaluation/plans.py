@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any, Dict, List, Mapping, Optional, Type, TypeVar
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Type, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -102,6 +102,25 @@ class Plan:
     notes: List[str] = dataclasses.field(default_factory=list)
 
 
+def check_part(path: str, name: str, labels: Sequence[str], what: str) -> str:
+    """See that a part can be told from others, and its rows from each other; returns where it stands, for messages.
+
+    Args:
+        labels: names of its rows, at least one.
+        what: the rows are called in messages.
+
+    Raises:
+        UserError: naming the fault.
+    """
+    here = f"{path}: parts:{name}"
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise UserError(f"{here}: a name of letters, digits, _ and - is expected")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None or not labels:
+        raise UserError(f"{here}: " + ("no runs" if twice is None else f"two {what} are called {twice}"))
+    return here
+
+
 def read_plan(path: str) -> Plan:
     """Read a plan; its option files are then relative to the folder of the call.
 
@@ -113,13 +132,8 @@ def read_plan(path: str) -> Plan:
         raise UserError(f"{path}: parts: there are none")
     folder, parts = os.path.dirname(path), {}
     for name, part in plan.parts.items():
-        here = f"{path}: parts:{name}"
-        if not re.fullmatch(r"\w[\w-]*", name):
-            raise UserError(f"{here}: a name of letters, digits, _ and - is expected")
-        names = [*(run.name for run in part.runs), *part.stages]
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice is not None or not part.runs:
-            raise UserError(f"{here}: " + ("no runs" if twice is None else f"two rows are called {twice}"))
+        names = [run.name for run in part.runs]
+        here = check_part(path, name, names and [*names, *part.stages], "rows")
         wrong = next((stage for stage in part.stages.values() if stage not in ("input", "initial")), None)
         if wrong is not None:
             raise UserError(f"{here}: stages: {wrong!r} is not known: take input or initial")

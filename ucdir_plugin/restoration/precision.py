@@ -1,6 +1,6 @@
 """Whether bfloat16 pays on this machine: known of GPUs, measured on CPUs.
 
-A CPU without the instructions emulates bf16, and is slower with it than in float32, up to seven times with AVX2 alone.
+A CPU without the instructions emulates bf16, and is slower with it than in float32 (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from ucdir_plugin.archs import UCDIR, SIDUNet, UCDIRDenoiser
 from ucdir_plugin.archs.akgm import compiled
 from ucdir_plugin.archs.ucdir_blocks import AKGBlock
+from ucdir_plugin.utils.errors import WriteError
 from ucdir_plugin.utils.files import write_text
 
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -106,7 +107,7 @@ def bf16_time() -> float:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(json.dumps({"bf16_over_fp32": ratio}), str(path))
-    except OSError:
+    except (OSError, WriteError):
         pass  # it is measured again next time
     return ratio
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, Dict, List, Optional
 
-from ucdir_plugin.evaluation.plans import STRICT, read_as
+from ucdir_plugin.evaluation.plans import STRICT, check_part, read_as
 from ucdir_plugin.utils.errors import UserError, did_you_mean
 
 INPUT = "input"
@@ -83,13 +82,8 @@ def read_plan(path: str) -> Plan:
     if not plan.parts:
         raise UserError(f"{path}: parts: there are none")
     for name, part in plan.parts.items():
-        here = f"{path}: parts:{name}"
-        if not re.fullmatch(r"\w[\w-]*", name):
-            raise UserError(f"{here}: a name of letters, digits, _ and - is expected")
         labels = [run.label for run in part.runs]
-        twice = next((label for label in labels if labels.count(label) > 1), None)
-        if twice or not labels:
-            raise UserError(f"{here}: " + (f"two runs are called {twice}" if twice else "no runs"))
+        here = check_part(path, name, labels, "runs")
         if part.against is not None and part.against not in labels:
             raise UserError(f"{here}: against: {did_you_mean(part.against, labels)}")
         if any(min(run.seeds, run.samples) < 1 for run in part.runs) or (part.images is not None and part.images < 1):
